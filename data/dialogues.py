@@ -1,0 +1,332 @@
+"""
+Synthetic multi-turn dialogues in plain English, endless and deterministic from a seed.
+
+Four families follow the patterns by which MT-Eval sorts multi-turn dialogue, two more ask for reasoning:
+
+    recollection  facts given in earlier turns, asked for later, with small talk and sums between them
+    expansion     several questions around one table or story
+    refinement    one list, whose instructions are added to turn by turn
+    follow-up     each query builds on the last answer
+    reasoning     shuffled definitions, what is missing, who is named only once
+    induction     examples of an unknown rule in the query, then a case to apply it to
+
+A family is a generator of turns (query, answer). Each answer is a function of what was said before it, so
+that "exactly right" has a meaning. `python -m data.dialogues` prints some.
+"""
+import random
+import zlib
+
+NAMES = """Adam Alice Amir Anna Arthur Beth Boris Carl Carmen Chloe Clara Cyrus Daisy Dan Diego Dora Edith Elena
+Elias Emil Emma Eric Erika Esther Eva Felix Fiona Frank Frida George Grace Greta Hanna Harry Heidi Helen Henry Hugo
+Ida Igor Irene Iris Isaac Ivan Jack Jane Jonas Julia Kai Karim Kate Klara Lara Laura Leo Lena Linda Louis Lucas Lucy
+Marco Maria Mark Martha Max Mia Mila Mina Moses Nadia Nina Noah Nora Olga Omar Oscar Otto Paul Paula Peter Petra
+Rachel Ravi Rita Robert Rosa Ruth Sam Sara Sofia Stella Tanya Theo Tim Tom Uma Vera Victor Walter Wendy Zoe""".split()
+CITIES = """Accra Athens Austin Berlin Bern Bogota Bonn Boston Cairo Cork Dallas Delhi Dover Dublin Geneva Genoa Graz
+Hanoi Houston Kyoto Lagos Leeds Lima Linz Lisbon London Lyon Madrid Malaga Malmo Manila Miami Milan Moscow Munich Naples
+Nice Osaka Oslo Oxford Paris Porto Prague Quito Riga Rome Seoul Sydney Tampa Tokyo Turin Venice Vienna Warsaw York
+Zurich""".split()
+NEW_NAMES = "Agnes Bruno Cedric Dilan Eleanor Farid Gustav Imani Jasper Kamila Leon Magnus Naomi Rupert Selma Tobias".split()
+NEW_CITIES = "Ankara Brisbane Calgary Dresden Florence Hamburg Jakarta Kingston Marseille Odessa Santiago Tunis".split()
+ONSETS = "b br c d dr f fl g gr h j k l m n p r s st t tr v w z".split()
+VOWELS = "a e i o u".split()
+CODAS = ["", "", "", "l", "m", "n", "r", "s"]
+JOBS = "baker banker barber builder carpenter chef clerk cook dancer dentist doctor driver farmer fisher gardener judge lawyer mason miner nurse painter pilot plumber poet potter sailor singer tailor teacher waiter writer".split()
+FOODS = "apples bacon beans bread butter cake carrots cheese cherries corn dates eggs figs fish grapes ham honey jam kale lemons mango melons noodles nuts olives onions pasta peaches pears peas pizza plums rice salad salt soup sushi tea toast yams".split()
+PETS = "cat cow crab crow dog dove duck fox frog goat goose hamster hen horse lizard mouse owl parrot pig pony rabbit rat sheep snake spider swan turtle wolf".split()
+COLORS = "black blue brown gold gray green orange pink purple red silver white yellow".split()
+THINGS = "bag ball book coat cup hat key lamp map pen phone ring rope spoon ticket watch".split()
+ROOMS = "attic barn bath box car cellar desk drawer garage garden hall kitchen office shed tent tower".split()
+RELATIVES = "aunt boss brother cousin daughter father friend mother neighbor sister son uncle".split()
+LETTERS = "a b c d e f g h k m n p r s t u v w x y z".split()
+SMALL_TALK = [
+    ("Hello!", "Hello! How can I help?"), ("Hi there.", "Hello! How can I help?"),
+    ("Good morning.", "Good morning! How can I help?"), ("How are you?", "I am fine, thank you."),
+    ("Thanks.", "You are welcome."), ("Thank you very much.", "You are welcome."),
+    ("What color is the sky?", "The sky is blue."), ("What color is grass?", "Grass is green."),
+    ("What color is snow?", "Snow is white."), ("How many days are in a week?", "There are 7 days in a week."),
+    ("How many legs does a dog have?", "A dog has 4 legs."), ("Tell me something.", "The sun is a star."),
+    ("What do bees make?", "Bees make honey."), ("Can you help me?", "Yes, I can help you."),
+    ("It is raining again.", "I hope that it stops soon."), ("I am a little tired.", "I hope that you can rest soon."),
+]
+SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind and exact.", "You have a good memory."]
+
+
+class Words:
+    """A source of words: names and cities of one split, and now and then an invented one.
+
+    Invented words are made of two or three random syllables and hardly ever come twice, so that remembering
+    words does not pay and copying them does.
+    """
+
+    def __init__(self, rng, new=False):
+        self.rng, self.new = rng, new
+        self.invent = not new and rng.random() < 0.25
+
+    def invented(self, n):
+        pick, made = self.rng.choice, {}
+        while len(made) < n:
+            made["".join(pick(ONSETS) + pick(VOWELS) + pick(CODAS) for _ in range(pick((2, 2, 3)))).capitalize()] = None
+        return list(made)
+
+    def names(self, n):
+        return self.invented(n) if self.invent else self.rng.sample(NEW_NAMES if self.new else NAMES, n)
+
+    def cities(self, n):
+        return self.invented(n) if self.invent else self.rng.sample(NEW_CITIES if self.new else CITIES, n)
+
+
+def listed(items):
+    return ", ".join(map(str, items))
+
+
+# --- recollection -------------------------------------------------------------------------------------------
+
+def facts_about(rng, words):
+    """A shuffled list of facts: (what it is about, how it is told, what the answer says, the questions)."""
+    name, friend, pet_name, relative_name = words.names(4)
+    city, relative_city, friend_city = words.cities(3)
+    job, relative_job = rng.sample(JOBS, 2)
+    food, friend_food = rng.sample(FOODS, 2)
+    pet, thing, room = rng.choice(PETS), rng.choice(THINGS), rng.choice(ROOMS)
+    relative, age, color = rng.choice(RELATIVES[:6] + RELATIVES[7:]), rng.randint(18, 79), rng.choice(COLORS)
+    facts = [
+        ("name", [f"my name is {name}", f"I am {name}", f"I am called {name}"], f"Your name is {name}.",
+         ["What is my name?", "Who am I?", "Do you remember my name?"]),
+        ("city", [f"I live in {city}", f"my home is in {city}", f"I come from {city}"], f"You live in {city}.",
+         ["Where do I live?", "Which city do I live in?", "Do you know where I live?"]),
+        ("job", [f"I work as a {job}", f"I am a {job}"], f"You work as a {job}.", ["What is my job?", "What do I work as?"]),
+        ("food", [f"I like {food}", f"I love to eat {food}"], f"You like {food}.", ["What do I like?", "What do I love to eat?"]),
+        ("age", [f"I am {age} years old", f"my age is {age}"], f"You are {age} years old.", ["How old am I?", "What is my age?"]),
+        ("color", [f"my favorite color is {color}", f"the color I like best is {color}"],
+         f"Your favorite color is {color}.", ["What is my favorite color?", "Which color do I like best?"]),
+        ("pet", [f"I have a {pet} called {pet_name}", f"my {pet} is called {pet_name}"], f"Your {pet} is called {pet_name}.",
+         [f"What is my {pet} called?", f"What is the name of my {pet}?", "What is my pet called?"]),
+        ("thing", [f"my {thing} is in the {room}", f"I left my {thing} in the {room}"], f"Your {thing} is in the {room}.",
+         [f"Where is my {thing}?", f"Where did I leave my {thing}?"]),
+        ("relative", [f"my {relative} {relative_name} lives in {relative_city}"],
+         f"Your {relative} {relative_name} lives in {relative_city}.",
+         [f"Where does my {relative} live?", f"Where does {relative_name} live?", f"Who lives in {relative_city}?"]),
+        ("work", [f"my {relative} works as a {relative_job}"], f"Your {relative} works as a {relative_job}.",
+         [f"What does my {relative} work as?", f"What is the job of my {relative}?"]),
+        ("friend", [f"my friend {friend} likes {friend_food}"], f"Your friend {friend} likes {friend_food}.",
+         [f"What does {friend} like?", f"What does my friend like?", f"Who likes {friend_food}?"]),
+        ("visit", [f"I will visit {friend_city} in {age - 10} days"], f"You will visit {friend_city} in {age - 10} days.",
+         ["Which city will I visit?", "Where will I go?"]),
+    ]
+    rng.shuffle(facts)
+    return facts
+
+
+def sentence(text):
+    return text[0].upper() + text[1:] + "."
+
+
+def recollection(rng, words):
+    facts, told, turns = facts_about(rng, words), [], rng.randint(3, 8)
+    sums = follow_up(rng, words, turns)
+    for turn in range(turns):
+        kind = rng.random()
+        if turn == 0 or (kind < 0.2 and facts):
+            new = [facts.pop() for _ in range(min(len(facts), rng.choice((1, 2, 2, 3) if turn == 0 else (1, 2))))]
+            told += new
+            parts = [rng.choice(fact[1]) for fact in new]
+            text = " and ".join(parts) if rng.random() < 0.5 else ". ".join(p[0].upper() + p[1:] for p in parts)
+            greeting = rng.choice(("Hello. ", "Hi, ", "", "")) if turn == 0 else ""
+            text = greeting + (text if greeting.endswith(", ") else text[0].upper() + text[1:]) + "."
+            yield text, "Nice to meet you." if len(new) > 2 else "Noted. " + " ".join(fact[2] for fact in new)
+        elif turn < turns - 1 and kind < 0.45:
+            yield rng.choice(SMALL_TALK) if rng.random() < 0.6 else next(sums)
+        elif facts and kind > 0.92:
+            about, _, _, questions = facts[0]
+            if about not in ("relative", "work", "friend", "pet"):  # whose questions may name what was not told
+                yield rng.choice(questions), "You have not told me."
+        else:
+            _, _, answer, questions = rng.choice(told)
+            yield rng.choice(questions), answer
+
+
+# --- expansion ----------------------------------------------------------------------------------------------
+
+ATTRIBUTES = {  # how a story tells it, how one asks for it, how one asks for the person
+    "age": ("is {} years old", "How old is {}?", "Who is {} years old?"),
+    "city": ("lives in {}", "Where does {} live?", "Who lives in {}?"),
+    "pet": ("has a {}", "Which pet does {} have?", "Who has a {}?"),
+    "job": ("works as a {}", "What does {} work as?", "Who works as a {}?"),
+    "food": ("likes {}", "What does {} like?", "Who likes {}?"),
+}
+
+
+def expansion(rng, words):
+    n, keys = rng.randint(2, 4), rng.sample(list(ATTRIBUTES), rng.choice((2, 2, 3)))
+    people = words.names(n + 1)
+    values = {"age": rng.sample(range(18, 80), n + 1), "city": words.cities(n + 1), "pet": rng.sample(PETS, n + 1),
+              "job": rng.sample(JOBS, n + 1), "food": rng.sample(FOODS, n + 1)}
+    story = rng.random() < 0.5
+
+    def row(i):
+        if story:
+            told = [ATTRIBUTES[key][0].format(values[key][i]) for key in keys]
+            return f"{people[i]} {', '.join(told[:-1])} and {told[-1]}."
+        return f"{people[i]}: {listed(values[key][i] for key in keys)}."
+
+    start = rng.choice(("Here is a story.", "Read this.")) if story else f"Here is a table of {listed(keys)}."
+    text = " ".join([start] + [row(i) for i in range(n)])
+    for turn in range(rng.randint(3, 7)):
+        i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
+        telling, ask, ask_who = ATTRIBUTES[key]
+        answer = f"{people[i]} {telling.format(values[key][i])}."
+        if kind < 0.6:
+            query = ask.format(people[i])
+        elif kind < 0.78:
+            query = ask_who.format(values[key][i])
+        elif kind < 0.88 or turn == 0 or n == len(people):
+            query = f"Tell me all about {people[i]}."
+            answer = " ".join(f"{people[i]} {ATTRIBUTES[k][0].format(values[k][i])}." for k in keys)
+        else:
+            query, answer = f"Add this. {row(n)}", f"Added {people[n]}. There are now {n + 1} people."
+            n += 1
+        yield (f"{text} {query}" if turn == 0 else query), answer
+
+
+# --- refinement ---------------------------------------------------------------------------------------------
+
+def refinement(rng, words):
+    numbers = rng.random() < 0.5
+    pool = list(range(1, 100)) if numbers else rng.choice((FOODS, PETS, COLORS))
+    items, turns = rng.sample(pool, rng.randint(3, 6)), rng.randint(3, 7)
+    query = f"{rng.choice(('Take this list', 'Here is a list', 'Here are some words' if not numbers else 'Here are some numbers'))}: {listed(items)}."
+    for turn in range(turns):
+        ways = ["reverse", "swap", "add"] + ["sort", "sort"] * numbers + ["first", "last", "drop", "remove"] * (len(items) > 2)
+        way = rng.choice(ways)
+        if way == "reverse":
+            items, ask = items[::-1], rng.choice(("Now in reverse.", "Turn it around."))
+        elif way == "swap":
+            items, ask = [items[-1]] + items[1:-1] + [items[0]], "Swap the first and the last."
+        elif way == "sort":
+            down = rng.random() < 0.4
+            items, ask = sorted(items, reverse=down), "Sort them, the largest first." if down else rng.choice(("Sort them.", "Sort them, the smallest first."))
+        elif way == "add":
+            new = rng.choice([item for item in pool if item not in items])
+            items, ask = (items + [new], f"Add {new} at the end.") if rng.random() < 0.6 else ([new] + items, f"Put {new} in front.")
+        elif way == "first":
+            items, ask = items[:2], "Only the first two."
+        elif way == "last":
+            items, ask = items[-2:], "Only the last two."
+        elif way == "drop":
+            items, ask = (items[1:], "Without the first one.") if rng.random() < 0.5 else (items[:-1], "Without the last one.")
+        else:
+            gone = rng.choice(items)
+            items, ask = [item for item in items if item != gone], f"Remove {gone}."
+        yield (f"{query} {ask}" if turn == 0 else ask), f"Here it is: {listed(items)}."
+
+
+# --- follow-up ----------------------------------------------------------------------------------------------
+
+def follow_up(rng, words, turns=None):
+    value = rng.randint(2, 60)
+    start = rng.choice((f"Start with {value}.", f"Take the number {value}.", f"I have {value} coins."))
+    for turn in range(turns or rng.randint(3, 8)):
+        ways = ["add", "add", "odd", "more"] + ["subtract"] * (value > 20) + ["double"] * (value < 80) + ["halve"] * (value % 2 == 0 and value > 9)
+        way = rng.choice(ways)
+        if way == "add":
+            n = rng.randint(1, 20) if value < 180 else 1
+            ask, answer, value = rng.choice((f"Add {n}.", f"Now add {n}.", f"And {n} more?")), f"{value} plus {n} is {value + n}.", value + n
+        elif way == "subtract":
+            n = rng.randint(1, 20)
+            ask, answer, value = rng.choice((f"Subtract {n}.", f"Take away {n}.")), f"{value} minus {n} is {value - n}.", value - n
+        elif way == "double":
+            ask, answer, value = rng.choice(("Double it.", "Now double that.")), f"{value} times 2 is {2 * value}.", 2 * value
+        elif way == "halve":
+            ask, answer, value = rng.choice(("Halve it.", "What is half of it?")), f"Half of {value} is {value // 2}.", value // 2
+        elif way == "odd":
+            ask, answer = "Is it odd or even?", f"{value} is {'odd' if value % 2 else 'even'}."
+        else:
+            n = rng.randint(5, 150)
+            ask, answer = f"Is it more than {n}?", f"{'Yes' if value > n else 'No'}, {value} is {'' if value > n else 'not '}more than {n}."
+        yield (f"{start} {ask}" if turn == 0 else ask), answer
+
+
+# --- reasoning ----------------------------------------------------------------------------------------------
+
+def definitions(rng, steps):
+    """Shuffled definitions that take `steps` additions to resolve, the question last."""
+    letters = rng.sample(LETTERS, steps + 1)
+    value = rng.randint(1, 9)
+    told = [f"{letters[0]} = {value}."]
+    for before, letter in zip(letters, letters[1:]):
+        n = rng.randint(1, 9)
+        told.append(f"{letter} = {before} + {n}.")
+        value += n
+    rng.shuffle(told)
+    return f"{' '.join(told)} What is {letters[-1]}?", f"{letters[-1]} is {value}."
+
+
+def missing(rng, words):
+    items = rng.sample(rng.choice((FOODS, PETS, COLORS)), rng.randint(3, 5))
+    gone = rng.choice(items)
+    rest = rng.sample([item for item in items if item != gone], len(items) - 1)
+    return f"First list: {listed(items)}. Second list: {listed(rest)}. What is missing?", f"The second list has no {gone}."
+
+
+def named_once(rng, words):
+    once, *others = words.names(rng.randint(2, 4))
+    named = [once] + others * 2
+    rng.shuffle(named)
+    return f"{listed(named)}. Who is named only once?", f"{once} is named only once."
+
+
+def reasoning(rng, words):
+    for _ in range(rng.randint(2, 5)):
+        kind = rng.choice((definitions, missing, named_once))
+        yield kind(rng, rng.randint(1, 3)) if kind is definitions else kind(rng, words)
+
+
+# --- induction ----------------------------------------------------------------------------------------------
+
+def induction(rng, words):
+    for _ in range(rng.randint(2, 4)):
+        k = rng.randint(1, 9)
+        rule, numeric = rng.choice([
+            (lambda x: x + k, True), (lambda x: x - k, True), (lambda x: 2 * x, True),
+            (lambda x: (x[1], x[0]), False), (lambda x: (x[0],), False), (lambda x: (x[1],), False),
+            (lambda x: (x[0], x[0]), False), (lambda x: (x[0], x[1], x[0]), False)])
+        n = rng.randint(2, 4) + 1
+        pool = rng.choice((FOODS, PETS, COLORS))
+        cases = rng.sample(range(10, 60), n) if numeric else [rng.sample(pool, 2) for _ in range(n)]
+        shown = [str(case) if numeric else " ".join(case) for case in cases]
+        results = [str(rule(case)) if numeric else " ".join(rule(case)) for case in cases]
+        examples = " ".join(f"{x} gives {y}." for x, y in zip(shown[:-1], results))
+        yield f"{examples} What does {shown[-1]} give?", f"{shown[-1]} gives {results[-1]}."
+
+
+FAMILIES = {"recollection": recollection, "expansion": expansion, "refinement": refinement,
+            "follow-up": follow_up, "reasoning": reasoning, "induction": induction}
+
+
+def split_of(messages):
+    """The split that a dialogue belongs to, from its text alone: no dialogue is ever in two splits."""
+    digest = zlib.crc32("\n".join(message["content"] for message in messages).encode()) % 32
+    return {0: "val", 1: "test"}.get(digest, "train")
+
+
+def generate(split, n, seed=0, families=tuple(FAMILIES)):
+    """Yield n dialogues {"messages": [...], "family": str} of a split: train, val, test or new_words.
+
+    The dialogues of new_words use names and cities that occur in no other split. Deterministic from the seed.
+    """
+    rng = random.Random(f"{split} {seed}")
+    while n > 0:
+        family = rng.choice(families)
+        messages = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.1 else []
+        for query, answer in FAMILIES[family](rng, Words(rng, new=split == "new_words")):
+            messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
+        if split == "new_words" or split_of(messages) == split:
+            n -= 1
+            yield {"messages": messages, "family": family}
+
+
+if __name__ == "__main__":
+    for dialogue in generate("train", 12, seed=random.randrange(10**6)):
+        print(f"--- {dialogue['family']}")
+        for message in dialogue["messages"]:
+            print(f"{message['role']:>9}: {message['content']}")

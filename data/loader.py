@@ -1,0 +1,144 @@
+"""
+Dialogues on disk and in batches.
+
+`prepare` writes each split once as flat integer arrays, `Split` maps them into memory, `Split.batches`
+sorts by length so that little is padded, and never packs two dialogues into one row.
+"""
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import dialogues
+from mask import one_pass
+
+CACHE = pathlib.Path(__file__).parent / "cache"
+GIVEN = ("system", "user")
+
+
+def read_chats(path):
+    """Yield the messages of each line {"messages": [{"role", "content"}, ...]} of a JSONL file.
+
+    ValueError names the file and the line that is not of this form.
+    """
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                messages = json.loads(line)["messages"]
+                wrong = [m for m in messages if m["role"] not in (*GIVEN, "assistant") or not isinstance(m["content"], str)]
+            except (ValueError, KeyError, TypeError):
+                wrong = [line]
+            if wrong or not messages:
+                raise ValueError(f'{path}, line {number}: expected {{"messages": [{{"role": "system", "user" or "assistant", '
+                                 f'"content": "text"}}, ...]}}, got {line.strip()[:80]}')
+            yield messages
+
+
+def sources(data, n_dialogues, seed):
+    """Split name -> (how many dialogues, an iterator over them)."""
+    if not data:
+        sizes = {"train": n_dialogues, "val": 1000, "test": 2000, "new_words": 1000}
+        return {split: (n, dialogues.generate(split, n, seed)) for split, n in sizes.items()}
+    chats = list({json.dumps(messages): {"messages": messages, "family": "chats"} for messages in read_chats(data)}.values())
+    if len(chats) < 3:
+        raise ValueError(f"{data} has {len(chats)} different dialogues; at least 3 are needed, to train, tune and test on")
+    chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())  # an order that is not the file's
+    n = max(1, min(1000, len(chats) // 20))
+    parts = {"val": chats[:n], "test": chats[n : 2 * n], "train": chats[2 * n :]}
+    return {split: (len(part), iter(part)) for split, part in parts.items()}
+
+
+def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
+    """Write the splits to data/cache, unless they are there already, and return their folder.
+
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues. Dialogues longer than block_size
+    are cut after the last answer that fits; those without one are dropped. ValueError for a bad file.
+    """
+    origin = pathlib.Path(data or dialogues.__file__).read_bytes()
+    key = repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed)).encode() + origin
+    folder = CACHE / hashlib.sha256(key).hexdigest()[:16]
+    if folder.exists():
+        return folder
+    CACHE.mkdir(exist_ok=True)
+    partial = CACHE / f"{folder.name}.{os.getpid()}"  # renamed when whole, so that a broken run leaves no cache
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    cut = dropped = 0
+    for split, (n, items) in sources(data, n_dialogues, seed).items():
+        tokens, segments, offsets, families = [], [], [0], []
+        for item in tqdm(items, total=n, desc=f"prepare {split}", unit=" dialogues", leave=False):
+            t, s = tokenizer.encode_dialogue(item["messages"])
+            if len(t) > block_size:
+                ends = [i for i in range(1, block_size + 1) if s[i - 1] % 2 == 0 and s[i] != s[i - 1]]
+                cut, dropped = cut + bool(ends), dropped + (not ends)
+                t, s = t[: max(ends, default=0)], s[: max(ends, default=0)]
+            if t:
+                tokens += t
+                segments += s
+                offsets.append(len(tokens))
+                families.append(item["family"])
+        names = sorted(set(families))
+        np.save(partial / f"{split}.tokens.npy", np.array(tokens, dtype=np.uint32))
+        np.save(partial / f"{split}.segments.npy", np.array(segments, dtype=np.uint16))
+        np.save(partial / f"{split}.offsets.npy", np.array(offsets, dtype=np.int64))
+        np.save(partial / f"{split}.families.npy", np.array([names.index(f) for f in families], dtype=np.uint8))
+        (partial / f"{split}.json").write_text(json.dumps(names), encoding="utf-8")
+    if cut or dropped:
+        print(f"{cut} dialogues were cut to {block_size} tokens at the end of an answer, {dropped} had no answer that fits")
+    try:
+        partial.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(partial)
+    return folder
+
+
+class Split:
+    """One split in memory-mapped arrays: tokens and segments (N,), offsets (dialogues + 1,)."""
+
+    def __init__(self, folder, name):
+        self.tokens, self.segments, self.offsets, self.families = (
+            np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("tokens", "segments", "offsets", "families"))
+        self.family_names = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+    def rows(self, mask):
+        """(rows, 3) dialogue, start, end: one row a dialogue, or one a turn if the mask needs the triplets."""
+        first, last = self.offsets[:-1], self.offsets[1:]
+        if one_pass(mask):
+            return np.stack([np.arange(len(first)), first, last], 1)
+        segments = np.asarray(self.segments)
+        change = np.append(segments[1:] != segments[:-1], True)
+        change[last - 1] = True
+        ends = np.flatnonzero(change & (segments % 2 == 0)) + 1  # the end of each answer
+        dialogue = np.searchsorted(last, ends)
+        return np.stack([dialogue, first[dialogue], ends], 1)
+
+    def batches(self, rows, n_tokens, seed):
+        """Cut the rows into batches of at most n_tokens (one row at least) and 10 % padding, in random order."""
+        rng = np.random.default_rng(seed)
+        lengths = rows[:, 2] - rows[:, 1]
+        order = np.argsort(lengths + rng.random(len(lengths)))  # by length, ties at random
+        cuts, start, real = [], 0, 0
+        for i, length in enumerate(lengths[order].tolist()):
+            count = i - start + 1
+            if i > start and (count * length > n_tokens or real + length < 0.9 * count * length):
+                cuts.append(order[start:i])
+                start, real = i, 0
+            real += length
+        cuts.append(order[start:])
+        return [rows[cuts[i]] for i in rng.permutation(len(cuts))]
+
+    def collate(self, rows):
+        """Rows -> tokens (B, T) int64, segments (B, T) int64, padded with 0 on the right."""
+        T = int((rows[:, 2] - rows[:, 1]).max())
+        tokens, segments = np.zeros((2, len(rows), T), dtype=np.int64)
+        for i, (_, start, end) in enumerate(rows.tolist()):
+            tokens[i, : end - start] = self.tokens[start:end]
+            segments[i, : end - start] = self.segments[start:end]
+        return torch.from_numpy(tokens), torch.from_numpy(segments)

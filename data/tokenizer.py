@@ -1,0 +1,133 @@
+"""
+Text to token ids and back: a tiktoken Encoding, four special tokens, and the layout of a dialogue.
+
+    query  = (<|system|> text <|end|>)? <|user|> text <|end|> <|assistant|>      odd segment, given to the model
+    answer = text <|end|>                                                        even segment, written by it
+
+The default encoding is built from `data/ranks.tiktoken`, which `python -m data.tokenizer` makes from the
+text of the synthetic dialogues: 256 bytes and the most frequent merges. Nothing is downloaded.
+"""
+import base64
+import collections
+import functools
+import pathlib
+import re
+import zlib
+
+import tiktoken
+
+RANKS = pathlib.Path(__file__).parent / "ranks.tiktoken"
+N_RANKS = 1148  # with the four special tokens 1,152, a multiple of 64
+# One token a digit. Runs are bounded, so that no text takes more than linear time to encode.
+PATTERN = r" ?\p{N}| ?\p{L}{1,24}| ?[^\s\p{L}\p{N}]{1,8}|\s{1,8}"
+HEADERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+END = "<|end|>"
+
+
+class Tokenizer:
+    """A tiktoken encoding with the special tokens of the dialogue layout.
+
+    name: "nanoism", the committed ranks, or the name of a tiktoken encoding, e.g. "gpt2", which tiktoken
+    downloads. ValueError where that is unknown or cannot be had.
+    """
+
+    def __init__(self, name="nanoism"):
+        if name == "nanoism":
+            ranks, pattern, others = load_ranks(), PATTERN, {}
+        else:
+            try:
+                base = tiktoken.get_encoding(name)
+            except Exception as error:  # unknown names and failed downloads come as many types
+                raise ValueError(f"tokenizer '{name}' cannot be loaded ({type(error).__name__}); 'nanoism' needs no "
+                                 f"download, others are {', '.join(tiktoken.list_encoding_names())}") from None
+            ranks, pattern, others = base._mergeable_ranks, base._pat_str, base._special_tokens
+        n = max([*ranks.values(), *others.values()]) + 1
+        special = {token: n + i for i, token in enumerate([*HEADERS.values(), END])}
+        self.encoding = tiktoken.Encoding(f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={**others, **special})
+        self.headers = {role: special[token] for role, token in HEADERS.items()}
+        self.end = special[END]
+        self.vocab_size = n + len(special)
+        self.name = name
+        self.identity = f"{name} {zlib.crc32(repr(sorted(ranks.items())).encode()):08x}"
+
+    def encode_given(self, messages):
+        """A run of given messages -> the tokens of the query segment, which ends with the answer's header."""
+        tokens = []
+        for message in messages:
+            tokens += [self.headers[message["role"]], *self.encoding.encode_ordinary(message["content"]), self.end]
+        return tokens + [self.headers["assistant"]]
+
+    def encode_answer(self, text):
+        """An answer's text -> the tokens of the answer segment, which ends with <|end|>."""
+        return self.encoding.encode_ordinary(text) + [self.end]
+
+    def encode_dialogue(self, messages):
+        """[{"role": ..., "content": ...}, ...] -> (tokens, segments), two lists of integers of one length.
+
+        Just what a chat over these messages holds in its cache. Neighbouring given messages are one query.
+        """
+        tokens, segments, given, segment = [], [], [], 1
+        for message in messages:
+            if message["role"] != "assistant":
+                given.append(message)
+                continue
+            for part in (self.encode_given(given), self.encode_answer(message["content"])):
+                tokens += part
+                segments += [segment] * len(part)
+                segment += 1
+            given = []
+        if given:  # cut off in a query
+            part = self.encode_given(given)
+            tokens += part
+            segments += [segment] * len(part)
+        return tokens, segments
+
+    def token_bytes(self, token):
+        """The bytes of one token; a special token's are its spelling."""
+        return self.encoding.decode_single_token_bytes(token)
+
+    def decode(self, tokens):
+        """Token ids -> text; bytes that are no UTF-8 become U+FFFD."""
+        return self.encoding.decode(tokens, errors="replace")
+
+
+@functools.cache
+def load_ranks():
+    lines = RANKS.read_bytes().splitlines()
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+
+
+def train_ranks(text, n):
+    """Byte-pair encoding: the 256 bytes, then n - 256 times the most frequent neighbouring pair, merged."""
+    pattern = PATTERN.replace(r"[^\s\p{L}\p{N}]", r"[^\s\w]").replace(r"\p{N}", "[0-9]").replace(r"\p{L}", "[A-Za-z]")
+    pieces = collections.Counter(re.findall(pattern, text))
+    words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in pieces.items()}
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < n:
+        pairs = collections.Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks[left + right] = len(ranks)
+        merged = {}
+        for word, count in words.items():
+            new, i = [], 0
+            while i < len(word):
+                both = word[i:i + 2] == (left, right)
+                new.append(left + right if both else word[i])
+                i += 1 + both
+            merged[tuple(new)] = merged.get(tuple(new), 0) + count
+        words = merged
+    return ranks
+
+
+if __name__ == "__main__":
+    from data.dialogues import generate
+
+    text = "\n".join(m["content"] for dialogue in generate("train", 20000, seed=1) for m in dialogue["messages"])
+    ranks = train_ranks(text, N_RANKS)
+    RANKS.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
+    encoding = Tokenizer().encoding
+    print(f"{RANKS.name}: {len(ranks)} ranks, {len(text.encode()) / len(encoding.encode_ordinary(text)):.2f} bytes a token")

@@ -1,0 +1,193 @@
+"""
+A decoder-only transformer with a pluggable attention mask and a KV cache, in one file.
+
+Notable features:
+- the mask is a vector f (see mask.py): row j may attend to the first f[j] tokens; None is causal
+- RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied embeddings, token shift:
+  the same class is a GPT, LLaMA-like or Qwen-like by its config alone
+- one attention function; every path but the one for short rows on the CPU is F.scaled_dot_product_attention
+- nothing here knows about text or dialogues
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 1152
+    block_size: int = 256  # the longest context, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4  # fewer than n_head is grouped-query attention
+    n_embd: int = 128
+    n_hidden: int = 384  # width of the SwiGLU
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    tie_embeddings: bool = True
+    # Add to each token's embedding that of the token before it. To find "the word after the name" a layer
+    # must know what stands before each word; this gives it that for free. Off in LLaMA and Qwen shapes.
+    token_shift: bool = False
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) times an even head size")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, allocated once: 2 * n_layer * B * n_kv_head * S * D numbers.
+
+    To forget all but the first p tokens, set `length` to p.
+    """
+
+    def __init__(self, config, batch_size=1, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_size)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, Hkv, S, D)
+        self.v = torch.empty_like(self.k)
+        self.tokens = torch.zeros(batch_size, config.block_size, dtype=torch.long, device=device)  # (B, S)
+        self.length = 0
+
+
+def visible(f, n, S):
+    """What attention is told about n new rows over S keys: None (all is seen), "causal", or a boolean mask.
+
+    f (B, n) or None (causal). It is looked at here, so it should be on the CPU: looking at it on a GPU would
+    make the host wait. An f beyond S sees all there is.
+    """
+    if f is None and n in (1, S):
+        return "causal" if n > 1 else None
+    if f is None:
+        f = torch.arange(S - n + 1, S + 1)[None]  # causal rows over a cache: a triangle at the bottom right
+    elif f.min() >= S:
+        return None
+    elif n == S and (f == torch.arange(1, n + 1)).all():
+        return "causal"
+    return (torch.arange(S) < f[..., None])[:, None]  # (B, 1, n, S)
+
+
+def attention(q, k, v, mask):
+    """q (B, H, n, D), k and v (B, Hkv, S, D), mask from `visible` on their device -> (B, H, n, D)."""
+    groups = q.shape[1] // k.shape[1]
+    if not isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=groups > 1)
+    if groups > 1:  # no fused kernel takes both a mask and grouped heads
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= 256:
+        # The backward of SDPA on the CPU is slow for short rows.
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        scores = torch.add(bias, q @ k.mT, alpha=q.shape[3] ** -0.5)  # (B, H, n, S)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.sizes = config.n_head, config.n_kv_head, config.head_size
+        H, Hkv, D = self.sizes
+        self.qkv = nn.Linear(config.n_embd, (H + 2 * Hkv) * D, bias=config.qkv_bias)
+        self.out = nn.Linear(H * D, config.n_embd, bias=False)
+
+    def forward(self, x, mask, rope, cached=None):
+        (B, n, _), (H, Hkv, D) = x.shape, self.sizes
+        qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
+        qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
+        cos, sin = (table.to(qk.dtype) for table in rope)  # (n, 1, D)
+        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)  # rotates queries and keys in one go
+        q, k = qk.transpose(1, 2).split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)
+        v = v.transpose(1, 2)  # (B, Hkv, n, D)
+        if cached is not None:
+            keys, values, start = cached  # (B, Hkv, block_size, D)
+            keys[:, :, start : start + n], values[:, :, start : start + n] = k, v
+            k, v = keys[:, :, : start + n], values[:, :, : start + n]  # views: the cache is never copied
+        y = attention(q, k, v, mask)  # (B, H, n, D)
+        return self.out(y.transpose(1, 2).reshape(B, n, H * D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)  # gate and up in one product
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask, rope, cached=None):
+        x = x + self.attention(self.norm1(x), mask, rope, cached)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A GPT over token ids."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        for name, p in self.named_parameters():
+            if p.dim() > 1:  # GPT-2's: what writes to the residual stream starts smaller, by the depth
+                writes = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if writes else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        D = config.head_size
+        angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(0, D, 2) / D)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (block_size, 1, D / 2)
+        self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)  # (block_size, 1, D)
+        self.register_buffer("sin", torch.cat([-sin, sin], -1), persistent=False)  # (block_size, 1, D)
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, tokens, f=None, cache=None, at=None):
+        """tokens (B, n) int64 -> logits (B, n, vocab_size), or (N, vocab_size) for the N positions in `at`.
+
+        f (B, n) integers, best on the CPU: how many leading tokens of the whole context, cache included, each
+        row may see, at least 1; None is causal. With a cache the tokens stand behind those in it, and it grows.
+        at (B, n) boolean: where logits are wanted. ValueError if the context does not fit into block_size.
+        """
+        n, start = tokens.shape[1], cache.length if cache is not None else 0
+        end = start + n
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
+        mask = visible(f, n, end)
+        if isinstance(mask, torch.Tensor):
+            mask = mask.to(tokens.device, non_blocking=True)
+        x = self.embed(tokens)  # (B, n, C)
+        if self.config.token_shift:
+            before = self.embed(cache.tokens[:, start - 1 : start]) if start else torch.zeros_like(x[:, :1])
+            x = x + torch.cat([before, x[:, :-1]], 1)
+        rope = self.cos[start:end], self.sin[start:end]
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, rope, None if cache is None else (cache.k[i], cache.v[i], start))
+        if cache is not None:
+            cache.tokens[:, start:end] = tokens
+            cache.length = end
+        x = self.norm(x if at is None else x[at])
+        return self.head(x)

@@ -1,0 +1,290 @@
+"""
+Train a GPT under a mask: `python train.py`, or `python train.py --mask causal --max_iters 500`.
+
+Prepares the data, trains with one progress bar, evaluates on held-out dialogues, writes out/ckpt.pt and
+out/metrics.json, and prints a table of how many whole answers are exactly right.
+"""
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.dialogues import NEW_CITIES, NEW_NAMES
+from data.loader import Split, prepare
+from data.tokenizer import Tokenizer
+from mask import MASKS, loss_positions
+from model import GPT, GPTConfig
+
+
+def setting(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    mask: str = setting("ism", "the attention mask", tuple(MASKS))
+    data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
+    n_dialogues: int = setting(64000, "synthetic dialogues to train on")
+    tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
+    out_dir: str = setting("out", "where the checkpoint and the figures go")
+    device: str = setting("auto", "cpu, cuda, mps; auto takes the fastest there is")
+    dtype: str = setting("auto", "of the computation; auto tries which is fast", ("auto", "float32", "bfloat16"))
+    max_iters: int = setting(4000, "training steps")
+    batch_size: int = setting(8, "a step holds batch_size * block_size tokens, in as many dialogues as fit")
+    block_size: int = setting(256, "longest context in tokens")
+    n_layer: int = setting(4, "blocks")
+    n_head: int = setting(4, "query heads")
+    n_kv_head: int = setting(0, "key and value heads; 0: as many as query heads")
+    n_embd: int = setting(128, "width")
+    qkv_bias: bool = setting(False, "biases on queries, keys and values")
+    tie_embeddings: bool = setting(True, "one matrix for the embedding and the head")
+    token_shift: bool = setting(True, "add the embedding of the token before")
+    answers_only: bool = setting(True, "loss on answers alone, not on queries")
+    learning_rate: float = setting(3e-3, "peak learning rate")
+    warmup_iters: int = setting(50, "steps of linear warm-up")
+    decay: float = setting(0.4, "last fraction of the steps, in which the rate falls linearly to 0")
+    weight_decay: float = setting(0.1, "of matrices")
+    grad_clip: float = setting(1.0, "largest norm of the gradient")
+    eval_interval: int = setting(1000, "steps between evaluations and checkpoints")
+    seed: int = setting(0, "of the data, the weights and the order")
+    compile: bool = setting(False, "torch.compile the blocks")
+    resume: bool = setting(False, "go on from the checkpoint in out_dir")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message} (--help lists the flags)")
+
+
+def parse(settings_class, description, argv=None):
+    """A dataclass of settings from the command line: each field is a flag."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    for f in fields(settings_class):
+        kind = {"type": f.type} if f.type is not bool else {"action": argparse.BooleanOptionalAction}
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+def pick_device(name):
+    """A torch device from its name; ValueError if it is not there."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "auto":
+        return torch.device(there[0])
+    if name.split(":")[0] not in there:
+        raise ValueError(f"--device {name} is not on this machine; there is {', '.join(there)}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """The dtype to compute in; auto times a product of matrices in both, since not every CPU is fast in bfloat16."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ w
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def save_checkpoint(path, **state):
+    """Write to a temporary file, flush it, rename: a broken run leaves the last good checkpoint."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing or not one of ours."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: state[key] for key in ("config", "settings", "tokenizer", "model", "optimizer", "step")}
+    except Exception as error:  # a damaged file raises many types
+        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); train one with: python train.py") from None
+
+
+def learning_rate(step, s):
+    """Linear warm-up, constant, linear decay to 0."""
+    return s.learning_rate * min((step + 1) / (s.warmup_iters + 1), 1, (s.max_iters - step) / (s.decay * s.max_iters + 1))
+
+
+def batch_stream(split, rows, s, start):
+    """Batches without end, in an order that depends on the seed and the step alone."""
+    epoch = 0
+    while True:
+        batches = split.batches(rows, s.batch_size * s.block_size, seed=(s.seed, epoch))
+        yield from batches[start:]
+        start, epoch = max(0, start - len(batches)), epoch + 1
+
+
+def inputs(split, rows, mask, device, answers_only=True):
+    """Rows -> tokens on the device, f, where there is loss, the targets there. f stays on the CPU."""
+    tokens, segments = split.collate(rows)
+    f = mask(segments)
+    at = loss_positions(segments, f, answers_only)
+    targets = tokens.roll(-1, 1)[at]
+    return tokens.to(device, non_blocking=True), f, at.to(device, non_blocking=True), targets.to(device, non_blocking=True), segments
+
+
+@torch.no_grad()
+def evaluate(model, split, mask, s, device, dtype):
+    """Teacher-forced: loss, and for each answer (dialogue, segment, right). Greedy decoding writes an answer
+    exactly iff every argmax in it is right."""
+    model.eval()
+    rows, losses, count, answers = split.rows(mask), 0.0, 0, []
+    for batch in split.batches(rows, 4 * s.batch_size * s.block_size, seed=0):
+        tokens, f, at, targets, segments = inputs(split, batch, mask, device)
+        with autocast(device, dtype):
+            logits = model(tokens, f, at=at)
+        losses += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        count += len(targets)
+        wrong = (logits.argmax(-1) != targets).cpu().numpy()
+        at = at.cpu()
+        dialogue = torch.from_numpy(batch[:, :1]).expand_as(segments)[at].numpy()
+        answer = np.stack([dialogue, segments.roll(-1, 1)[at].numpy()], 1)
+        keys, which = np.unique(answer, axis=0, return_inverse=True)
+        answers.append(np.column_stack([keys, np.bincount(which.ravel(), wrong, len(keys)) == 0]))
+    model.train()
+    return losses / max(count, 1), np.concatenate(answers) if answers else np.zeros((0, 3), dtype=np.int64)
+
+
+def summary(split, answers):
+    """Fractions of whole answers exactly right: {family: ...}, {turn: ...}."""
+    dialogue, segment, right = answers.T
+    family = np.asarray(split.families)[dialogue]
+    last = np.asarray(split.segments)[split.offsets[1:] - 1][dialogue]
+    by_family = {name: right[family == i].mean() for i, name in enumerate(split.family_names) if (family == i).any()}
+    turns = {"first": segment == 2, "middle": (segment > 2) & (segment < last), "last": (segment > 2) & (segment >= last)}
+    return {k: float(v) for k, v in by_family.items()}, {k: float(right[at].mean()) for k, at in turns.items() if at.any()}
+
+
+def needs_new_word(split, answers, tokenizer):
+    """Which answers contain a word that is in no training dialogue."""
+    words = [word for word in NEW_NAMES + NEW_CITIES]
+    start, end = split.offsets[answers[:, 0]], split.offsets[answers[:, 0] + 1]
+    return np.array([any(word in tokenizer.decode(split.tokens[a:b][split.segments[a:b] == segment].tolist()) for word in words)
+                     for a, b, segment in zip(start, end, answers[:, 1])])
+
+
+def train(s):
+    """Train by the settings; returns the metrics. ValueError for settings that cannot be."""
+    began = time.time()
+    device = pick_device(s.device)
+    dtype = pick_dtype(s.dtype, device)
+    mask, tokenizer = MASKS[s.mask], Tokenizer(s.tokenizer)
+    out = pathlib.Path(s.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=s.block_size, n_layer=s.n_layer, n_head=s.n_head,
+                       n_kv_head=s.n_kv_head or s.n_head, n_embd=s.n_embd, n_hidden=3 * s.n_embd, qkv_bias=s.qkv_bias,
+                       tie_embeddings=s.tie_embeddings, token_shift=s.token_shift)
+    folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed)
+    split = Split(folder, "train")
+    rows = split.rows(mask)
+    torch.manual_seed(s.seed)
+    model = GPT(config).to(device)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=s.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+    step = 0
+    if s.resume:
+        state = load_checkpoint(out / "ckpt.pt")
+        if state["config"] != asdict(config):
+            raise ValueError(f"{out / 'ckpt.pt'} has another model config; --resume needs the same settings")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    if s.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+    def checkpoint():
+        save_checkpoint(out / "ckpt.pt", config=asdict(config), settings=asdict(s), tokenizer=tokenizer.identity,
+                        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+
+    print(f"{model.n_params() / 1e6:.2f}M parameters, {s.mask} mask, {device.type} in {str(dtype)[6:]}, "
+          f"{len(rows):,} rows of {(rows[:, 2] - rows[:, 1]).mean():.0f} tokens")
+    bar = tqdm(total=s.max_iters, initial=step, desc="train", unit="step", mininterval=0.5)
+    seen, since, val = 0, time.time(), None
+    for batch in batch_stream(split, rows, s, step):
+        if step >= s.max_iters:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, s)
+        tokens, f, at, targets, _ = inputs(split, batch, mask, device, s.answers_only)
+        with autocast(device, dtype):
+            logits = model(tokens, f, at=at)
+        loss = F.cross_entropy(logits.float(), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        seen += tokens.numel()
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {seen / (time.time() - since):,.0f} tokens/s"
+                                + (f", held-out right {val:.1%}" if val is not None else ""))
+        if step % s.eval_interval == 0 and step < s.max_iters:
+            _, answers = evaluate(model, Split(folder, "val"), mask, s, device, dtype)
+            val = answers[:, 2].mean()
+            checkpoint()
+    bar.close()
+    checkpoint()
+
+    test = Split(folder, "test")
+    loss, answers = evaluate(model, test, mask, s, device, dtype)
+    accuracy, by_turn = summary(test, answers)
+    metrics = {"accuracy": accuracy, "accuracy_by_turn": by_turn, "loss": loss, "parameters": model.n_params(), "settings": asdict(s)}
+    if not s.data:
+        new = Split(folder, "new_words")
+        _, answers = evaluate(model, new, mask, s, device, dtype)
+        metrics["accuracy_new_words"] = summary(new, answers[needs_new_word(new, answers, tokenizer)])[0]
+    metrics["seconds"] = time.time() - began
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    return metrics
+
+
+def main():
+    s = parse(Settings, "Train a GPT under a mask on dialogues.")
+    try:
+        m = train(s)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    print(f"\nHeld-out answers that are exactly right, whole      loss {m['loss']:.4f}, {m['seconds']:.0f} s")
+    for title, key in (("family", "accuracy"), ("turn", "accuracy_by_turn"), ("needs a word never trained on", "accuracy_new_words")):
+        if key in m:
+            print(f"  by {title}" if key != "accuracy_new_words" else f"  {title}")
+            for name, value in m[key].items():
+                print(f"    {name:14} {value:6.1%}")
+    print(f"\nchat with it: python sample.py" + (f" --ckpt {s.out_dir}/ckpt.pt" if s.out_dir != "out" else ""))
+
+
+if __name__ == "__main__":
+    main()
