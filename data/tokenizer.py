@@ -48,6 +48,7 @@ class Tokenizer:
         self.headers = {role: special[token] for role, token in HEADERS.items()}
         self.end = special[END]
         self.vocab_size = n + len(special)
+        self.unsayable = sorted({*range(self.vocab_size)} - {*ranks.values(), self.end})  # never to be sampled
         self.name = name
         self.identity = f"{name} {zlib.crc32(repr(sorted(ranks.items())).encode()):08x}"
 

@@ -1,0 +1,285 @@
+"""
+Chat with a trained model: `python sample.py`.
+
+Each turn is encoded once and stays in the KV cache as long as the mask allows it. That is decided by f and not
+by the mask's name: at each turn f is computed for the dialogue as it now stands, and the cache is kept up to
+what the change of f leaves valid. Under ISM and causal that is all of it, under prefix nothing.
+"""
+import codecs
+import json
+import signal
+import sys
+import time
+
+import torch
+
+from data.loader import GIVEN
+from data.tokenizer import Tokenizer
+from mask import MASKS, draw, reusable
+from model import GPT, Cache, GPTConfig
+from train import Parser, load_checkpoint, pick_device, pick_dtype
+
+
+def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """logits (V,) -> a token id: the likeliest if temperature is 0, else drawn from the top_k and the nucleus top_p."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k:
+        logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+    probs, order = logits.softmax(-1).sort(descending=True)
+    probs[probs.cumsum(0) - probs >= top_p] = 0  # the smallest set whose probability reaches top_p
+    return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+def printable(text):
+    """Text without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class Chat:
+    """A conversation with a model. `reply = chat.send("...")`, or `for piece in chat.stream("...")`.
+
+    The history is kept as token ids and never encoded again from its text. mask is a function of mask.py;
+    notify is called with a line when turns are dropped because the context is full.
+    """
+
+    def __init__(self, model, tokenizer, mask, system="", temperature=0.0, top_k=0, top_p=1.0, seed=0,
+                 max_new_tokens=200, notify=lambda line: None):
+        self.model, self.tokenizer, self.mask, self.notify = model.eval(), tokenizer, mask, notify
+        self.temperature, self.top_k, self.top_p, self.max_new_tokens = temperature, top_k, top_p, max_new_tokens
+        weight = model.embed.weight
+        self.device, self.size = weight.device, model.config.block_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cache = Cache(model.config, device=weight.device, dtype=weight.dtype)
+        self.silent = torch.tensor(tokenizer.unsayable)
+        self.stop = False  # set it from a signal handler or another thread to end the answer
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.system = tokenizer.encode_given(self.messages)[:-1]  # without the answer's header
+        self.reset()
+
+    def reset(self):
+        """Forget all but the system prompt."""
+        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+        self.turns = []  # (query tokens, answer tokens), the system prompt not among them
+        self.f = torch.zeros(1, 0, dtype=torch.long)  # the f under which the cache was filled
+        self.cache.length = 0
+        self.stats = {}
+
+    def load(self, messages):
+        """Go on from a conversation, a list of messages that ends with an answer, maybe after a system prompt."""
+        if any(m["role"] not in (*GIVEN, "assistant") for m in messages) or not messages or messages[-1]["role"] != "assistant":
+            raise ValueError("a history is a list of system, user and assistant messages that ends with the assistant's")
+        if messages[0]["role"] == "system":
+            self.messages, messages = messages[:1], messages[1:]
+            self.system = self.tokenizer.encode_given(self.messages)[:-1]
+        self.reset()
+        given = []
+        for message in messages:
+            if message["role"] == "assistant":
+                self.turns.append((self.tokenizer.encode_given(given), self.tokenizer.encode_answer(message["content"])))
+                given = []
+            else:
+                given.append(message)
+        self.messages += messages
+
+    def layout(self):
+        """The dialogue so far as (tokens, segments), two lists."""
+        tokens, segments = list(self.system), [1] * len(self.system)
+        for i, parts in enumerate(self.turns):
+            for j, part in enumerate(parts):
+                tokens += part
+                segments += [2 * i + j + 1] * len(part)
+        return tokens, segments
+
+    def send(self, text):
+        """The whole answer to a query. ValueError if the query does not fit into the context."""
+        return "".join(self.stream(text))
+
+    @torch.inference_mode()
+    def stream(self, text):
+        """Yield the answer to a query piece by piece. ValueError if the query does not fit into the context."""
+        message = {"role": "user", "content": text}
+        longest = max(map(len, self.tokenizer.encoding.token_byte_values()))
+        if len(text.encode("utf-8", "replace")) > self.size * longest:  # before the tokenizer has to read it
+            raise ValueError(f"the query is too long for the context of {self.size} tokens")
+        query = self.tokenizer.encode_given([message])
+        if len(self.system) + len(query) + 2 > self.size:  # an answer is at least one token and <|end|>
+            raise ValueError(f"the query has {len(query)} tokens and the system prompt {len(self.system)}: "
+                             f"too long for the context of {self.size}")
+        self.stop = False
+        began = time.perf_counter()
+        answer, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
+        self.turns.append((query, answer))
+        self.messages += [message, {"role": "assistant", "content": ""}]
+        try:
+            logits = self.read()
+            self.stats = {"prefill tokens": self.fed, "prefill s": time.perf_counter() - began}
+            while not self.stop and len(answer) < self.max_new_tokens:
+                logits[self.silent] = -torch.inf
+                token = sample(logits, self.temperature, self.top_k, self.top_p, self.generator)
+                self.stats.setdefault("first token s", time.perf_counter() - began)
+                if token == self.tokenizer.end:
+                    break
+                answer.append(token)
+                piece = printable(decoder.decode(self.tokenizer.token_bytes(token)))
+                self.messages[-1]["content"] += piece
+                yield piece
+                if self.cache.length + 2 <= self.size:  # room for the token and for <|end|>
+                    logits = self.feed(token)
+                elif len(self.turns) > 1:
+                    logits = self.read()
+                else:
+                    answer.pop()
+                    self.notify(f"[the answer has filled the context of {self.size} tokens]")
+                    break
+        finally:  # also when the caller stops listening: the history must end with <|end|>
+            rest = printable(decoder.decode(b"", final=True))
+            self.messages[-1]["content"] += rest
+            answer.append(self.tokenizer.end)
+            tokens, _ = self.layout()
+            for token in tokens[self.cache.length :]:  # <|end|> alone: among the next query it would see that query
+                self.feed(token)
+            self.f = self.f[:, : self.cache.length]
+            self.stats["decode s"] = time.perf_counter() - began - self.stats.get("prefill s", 0)
+            self.stats["decode tokens"] = len(answer)
+        yield rest
+
+    def read(self):
+        """Bring the cache up to the dialogue in one call, dropping old turns if it is full: the next logits (V,)."""
+        tokens, segments = self.layout()
+        if len(tokens) + 2 > self.size:
+            dropped = 0
+            while len(self.turns) > 1 and len(tokens) > self.size // 2:
+                self.turns.pop(0)
+                dropped += 1
+                tokens, segments = self.layout()
+            self.cache.length, self.f = 0, self.f[:, :0]
+            self.notify(f"[the context of {self.size} tokens is full: the oldest {dropped} turns are forgotten]")
+        n = len(tokens)
+        answer = segments[-1] + segments[-1] % 2  # the answer that is being written, or the one to come
+        f = self.mask(torch.tensor([segments + [answer] * (self.size - n)]))  # (1, block_size)
+        self.cache.length = keep = min(reusable(self.f, f), self.cache.length, n - 1)
+        self.f, self.fed = f, n - keep
+        return self.feed(*tokens[keep:])
+
+    def feed(self, *tokens):
+        """Tokens go behind the cache: the logits (V,) that follow them, float32 on the CPU."""
+        start = self.cache.length
+        f = self.f[:, start : start + len(tokens)]
+        last = torch.zeros(1, len(tokens), dtype=torch.bool)
+        last[0, -1] = True
+        return self.model(torch.tensor([tokens], device=self.device), f, self.cache, at=last.to(self.device))[0].float().cpu()
+
+
+def load_chat(path, device="auto", dtype="auto", **settings):
+    """A Chat with the model of a checkpoint; settings are Chat's. ValueError if it cannot be loaded."""
+    state = load_checkpoint(path)
+    tokenizer = Tokenizer(state["settings"]["tokenizer"])
+    if tokenizer.identity != state["tokenizer"]:
+        raise ValueError(f"{path} was trained with another tokenizer ({state['tokenizer']}); here is {tokenizer.identity}")
+    if state["settings"]["mask"] not in MASKS:
+        raise ValueError(f"{path} was trained with the mask '{state['settings']['mask']}', which mask.py does not have")
+    device = pick_device(device)
+    model = GPT(GPTConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    model = model.to(device, pick_dtype(dtype, device))
+    return Chat(model, tokenizer, MASKS[state["settings"]["mask"]], **settings)
+
+
+HELP = """/reset      forget the conversation
+/stats      tokens in the cache and the speed of the last turn
+/mask       draw what each token of the dialogue sees
+/save FILE  write the conversation as messages in JSON
+/help       this
+/quit       leave (as Ctrl-D does); Ctrl-C stops an answer"""
+
+
+def show_stats(chat):
+    s = chat.stats
+    print(f"{chat.cache.length} of {chat.size} tokens in the cache")
+    if s:
+        print(f"last turn: {s['prefill tokens']} tokens read at {s['prefill tokens'] / s['prefill s']:,.0f} tokens/s, first token after "
+              f"{1000 * s['first token s']:.1f} ms, {s['decode tokens']} written at {s['decode tokens'] / s['decode s']:,.0f} tokens/s")
+
+
+def command(chat, line):
+    """Run a command of the terminal; True to leave."""
+    name, _, argument = line.partition(" ")
+    if name == "/quit":
+        return True
+    if name == "/reset":
+        chat.reset()
+    elif name == "/stats":
+        show_stats(chat)
+    elif name == "/mask":
+        tokens, _ = chat.layout()
+        print("\n".join(draw(chat.f[0], [ascii(chat.tokenizer.decode([t]))[1:-1][:16] for t in tokens])))
+    elif name == "/save" and argument:
+        with open(argument, "w", encoding="utf-8") as file:
+            json.dump({"messages": chat.messages}, file, indent=1, ensure_ascii=False)
+    else:
+        print(HELP)
+    return False
+
+
+def answer(chat, text):
+    """Stream the answer to the terminal; Ctrl-C ends it, and the program goes on."""
+    before = signal.signal(signal.SIGINT, lambda *_: setattr(chat, "stop", True))
+    try:
+        for piece in chat.stream(text):
+            print(piece, end="", flush=True)
+        print()
+    except ValueError as error:
+        print(f"[{error}]")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def main():
+    parser = Parser(description="Chat with a trained model.", allow_abbrev=False)
+    parser.add_argument("--ckpt", default="out/ckpt.pt", help="the checkpoint (out/ckpt.pt)")
+    parser.add_argument("--prompt", action="append", default=[], help="a query instead of the terminal; repeat it for more turns")
+    parser.add_argument("--system", default="", help="a system prompt")
+    parser.add_argument("--history", default="", help="go on from a conversation that /save wrote")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (0)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest answer (200)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (auto)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache (auto)")
+    a = parser.parse_args()
+    if a.temperature < 0 or a.top_k < 0 or not 0 < a.top_p <= 1 or a.max_new_tokens < 1:
+        parser.error("expected --temperature >= 0, --top_k >= 0, 0 < --top_p <= 1, --max_new_tokens >= 1")
+    try:
+        chat = load_chat(a.ckpt, a.device, a.dtype, system=a.system, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
+                         seed=a.seed, max_new_tokens=a.max_new_tokens, notify=print)
+        if a.history:
+            with open(a.history, encoding="utf-8") as file:
+                chat.load(json.load(file)["messages"])
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        sys.exit(f"sample.py: {error}")
+    for prompt in a.prompt:
+        print(f"> {prompt}")
+        answer(chat, prompt)
+    terminal = sys.stdin.isatty()
+    if a.prompt:
+        return
+    if terminal:
+        print("Ask something; /help lists the commands.")
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line.startswith("/"):
+            if command(chat, line):
+                break
+        elif line:
+            answer(chat, line)
+
+
+if __name__ == "__main__":
+    main()

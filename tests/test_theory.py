@@ -1,0 +1,128 @@
+"""The theory demo: the layers of linear attention against the closed forms, to the tolerances that it claims."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).resolve().parent.parent / "demos" / "theory.py"
+
+
+def demo(*flags):
+    return subprocess.run([sys.executable, str(DEMO), *flags], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("theory")
+    done = demo("--quick", "--json", str(folder / "theory.json"), "--out", str(folder / "new" / "theory.png"))
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "theory.json").read_text()), folder / "new" / "theory.png", done.stdout
+
+
+@pytest.fixture(scope="module")
+def figures(run):
+    return run[0]
+
+
+def by_mask(figures, part):
+    return {row["mask"]: row for row in figures[part]["rows"]}
+
+
+def test_table_and_picture(run):
+    _, picture, text = run
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+    assert all(f"\n{i}. " in text for i in range(1, 6))
+
+
+def test_final_query_is_batch_gradient_descent(figures):
+    rows = by_mask(figures, "final_query")
+    assert rows["ism"]["layers_vs_prefix"] < 1e-10
+    assert rows["ism"]["layers_vs_batch_descent"] < 1e-10
+    assert rows["prefix"]["layers_vs_batch_descent"] < 1e-10
+    assert rows["causal"]["layers_vs_batch_descent"] > 0.01
+    assert rows["ism"]["error"][-1] < 1e-25 < 1e-4 < rows["causal"]["error"][-1]
+
+
+def test_final_query_converges_linearly(figures):
+    part = figures["final_query"]
+    for measured, predicted in zip(part["factor_measured"], part["factor_predicted"], strict=True):
+        assert measured == pytest.approx(predicted, rel=0.01)
+        assert math.log(measured) == pytest.approx(math.log(predicted), rel=0.01)
+
+
+def test_a_token_that_asks_must_have_no_key(figures):
+    assert by_mask(figures, "final_query")["ism, asking with keys"]["layers_vs_batch_descent"] > 1e-3
+    assert figures["final_query"]["keys_vs_zero_labels"] < 1e-10
+
+
+def test_causal_is_online_descent_and_stops_at_a_kaczmarz_sweep(figures):
+    for row in figures["online"]["rows"]:
+        assert row["layers_vs_online"] < 1e-10
+        assert row["solve_vs_kaczmarz"] < 1e-10
+        assert row["measured"] == pytest.approx(row["predicted"], rel=0.1)
+
+
+def test_causal_nears_the_optimum_more_slowly_the_further_the_mean(figures):
+    clean = [row["error"] for row in figures["online"]["rows"] if not row["noise"]]
+    for n in (20, 80, 320):
+        at_n = [error[n - 1] for error in clean]
+        assert at_n[0] > 0 and at_n == sorted(at_n)
+    for error in clean:
+        assert error[19] > error[79] > error[319] > error[639]
+    for row in figures["online"]["rows"]:
+        if row["noise"]:
+            assert row["error"][-1] > 0.7 * row["measured"] > 0.004
+
+
+def test_spread_over_turns_is_a_sweep_of_block_kaczmarz(figures):
+    rows = figures["spread"]["rows"]
+    for row in rows:
+        assert row["layers_vs_online"] < 1e-10
+        assert row["solve_vs_kaczmarz"] < 1e-10
+        assert abs(row["error"] - row["expected"]) < 5 * row["standard_error"] + 1e-25
+    # from causal at one end to prefix at the other; w* exactly once a query holds as many examples as dimensions
+    errors = [row["error"] for row in rows if row["length"] < 16]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.01
+    assert all(row["error"] < 1e-25 for row in rows if row["length"] >= 16)
+
+
+def test_earlier_turns_keep_their_values(figures):
+    rows = by_mask(figures, "earlier_turns")
+    for mask in ("ism", "causal"):
+        assert rows[mask]["same_bits"]
+        assert rows[mask]["one_turn_more"] < 1e-12
+    assert not rows["prefix"]["same_bits"] and rows["prefix"]["one_turn_more"] > 1e-3
+
+
+def test_noise_is_worst_where_a_query_just_fits(figures):
+    error = {row["length"]: row["error"] for row in figures["noise"]["rows"]}
+    assert error[15] > error[10] > error[1] > error[60] and error[15] > error[20] > error[30] > error[60]
+    for row in figures["noise"]["rows"]:
+        if row["expected"]:
+            assert abs(row["error"] - row["expected"]) < 5 * row["standard_error"]
+    there = [row["error_there"] for row in figures["noise"]["rows"]]
+    assert there == sorted(there, reverse=True)  # stopped in time, longer queries are better
+
+
+def test_trained_part_reports_each_seed(figures):
+    rows = by_mask(figures, "trained")
+    assert set(rows) == {"causal", "prefix", "ism"}
+    for row in rows.values():
+        assert all(math.isfinite(e) for seed in row["errors"] for e in seed)
+    assert rows["ism"]["linear"][-1] < 1e-10 < rows["causal"]["linear"][-1]  # 8 examples in 4 dimensions
+
+
+@pytest.mark.parametrize("flag", ["--json", "--out"])
+def test_a_path_that_cannot_be_written_is_one_line(flag):
+    done = demo("--quick", flag, "/dev/null/file")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("theory.py: cannot write /dev/null/file") and done.stderr.count("\n") == 1
+
+
+def test_flags():
+    assert all(flag in demo("--help").stdout for flag in ("--quick", "--json", "--out"))
+    wrong = demo("--quik")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
