@@ -33,7 +33,7 @@ def ism(segments):
 def prefix(segments):
     """All up to the end of the row's last query sees all of it; what follows is causal (a prefix LM)."""
     j = causal(segments)
-    end = torch.where(segments % 2 == 1, j, 0).amax(1, keepdim=True)  # (B, 1) the end of the last query
+    end = torch.where(segments % 2 == 1, j, 0).cummax(1).values[:, -1:]  # (B, 1) the end of the last query
     return torch.maximum(j, end)
 
 

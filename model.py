@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 1152
+    vocab_size: int = 1280
     block_size: int = 256  # the longest context, in tokens
     n_layer: int = 4
     n_head: int = 4
@@ -170,7 +170,7 @@ class GPT(nn.Module):
 
         f (B, n) integers, best on the CPU: how many leading tokens of the whole context, cache included, each
         row may see, at least 1; None is causal. With a cache the tokens stand behind those in it, and it grows.
-        at (B, n) boolean: where logits are wanted. ValueError if the context does not fit into block_size.
+        at (N,) integers: the positions in the flattened rows where logits are wanted. ValueError if the context does not fit into block_size.
         """
         n, start = tokens.shape[1], cache.length if cache is not None else 0
         end = start + n
@@ -189,5 +189,5 @@ class GPT(nn.Module):
         if cache is not None:
             cache.tokens[:, start:end] = tokens
             cache.length = end
-        x = self.norm(x if at is None else x[at])
+        x = self.norm(x if at is None else x.flatten(0, 1)[at])
         return self.head(x)

@@ -167,9 +167,8 @@ class Chat:
         """Tokens go behind the cache: the logits (V,) that follow them, float32 on the CPU."""
         start = self.cache.length
         f = self.f[:, start : start + len(tokens)]
-        last = torch.zeros(1, len(tokens), dtype=torch.bool)
-        last[0, -1] = True
-        return self.model(torch.tensor([tokens], device=self.device), f, self.cache, at=last.to(self.device))[0].float().cpu()
+        at = torch.tensor([len(tokens) - 1], device=self.device)
+        return self.model(torch.tensor([tokens], device=self.device), f, self.cache, at)[0].float().cpu()
 
 
 def load_chat(path, device="auto", dtype="auto", **settings):

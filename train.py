@@ -109,9 +109,10 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def keep_memory():
-    """Tell glibc to keep freed blocks, so that a step on the CPU does not fault its pages in anew: 1.15 times the speed."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+def tune_cpu():
+    """What makes many small steps of ever other shapes cheap on a CPU; together 1.3 times the speed."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # a kernel is prepared once for each shape
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc keeps freed blocks
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
@@ -152,34 +153,42 @@ def batch_stream(split, rows, s, start):
 
 
 def inputs(split, rows, mask, device, answers_only=True):
-    """Rows -> tokens on the device, f, where there is loss, the targets there. f stays on the CPU."""
+    """Rows -> tokens (B, T) and f (B, T), the positions `at` (N,) in the flattened rows that have loss, their targets (N,).
+
+    All on the device but f. N is rounded up to a multiple of 64, since kernels are prepared once for each shape:
+    what is added has the target -100, which cross_entropy ignores. Also the segments (B, T), on the CPU.
+    """
     tokens, segments = split.collate(rows)
     f = mask(segments)
-    at = loss_positions(segments, f, answers_only)
-    targets = tokens.roll(-1, 1)[at]
-    return tokens.to(device, non_blocking=True), f, at.to(device, non_blocking=True), targets.to(device, non_blocking=True), segments
+    at = loss_positions(segments, f, answers_only).flatten().nonzero()[:, 0]
+    targets = tokens.roll(-1, 1).flatten()[at]
+    more = -len(at) % 64
+    at, targets = F.pad(at, (0, more)), F.pad(targets, (0, more), value=-100)
+    return *(x.to(device, non_blocking=True) for x in (tokens, at, targets)), f, segments
 
 
 @torch.no_grad()
 def evaluate(model, split, mask, s, device, dtype):
-    """Teacher-forced: loss, and for each answer (dialogue, segment, right). Greedy decoding writes an answer
-    exactly iff every argmax in it is right."""
+    """Teacher-forced: the mean loss, and for each answer a row (dialogue, segment, right).
+
+    Greedy decoding writes an answer exactly iff every argmax in it is right, so one forward scores a batch.
+    """
     model.eval()
-    rows, losses, count, answers = split.rows(mask), 0.0, 0, []
-    for batch in split.batches(rows, 4 * s.batch_size * s.block_size, seed=0):
-        tokens, f, at, targets, segments = inputs(split, batch, mask, device)
+    loss, count, answers = 0.0, 0, [np.zeros((0, 3), dtype=np.int64)]
+    for batch in split.batches(split.rows(mask), 4 * s.batch_size * s.block_size, seed=0):
+        tokens, at, targets, f, segments = inputs(split, batch, mask, device)
         with autocast(device, dtype):
             logits = model(tokens, f, at=at)
-        losses += F.cross_entropy(logits.float(), targets, reduction="sum").item()
-        count += len(targets)
-        wrong = (logits.argmax(-1) != targets).cpu().numpy()
-        at = at.cpu()
-        dialogue = torch.from_numpy(batch[:, :1]).expand_as(segments)[at].numpy()
-        answer = np.stack([dialogue, segments.roll(-1, 1)[at].numpy()], 1)
-        keys, which = np.unique(answer, axis=0, return_inverse=True)
-        answers.append(np.column_stack([keys, np.bincount(which.ravel(), wrong, len(keys)) == 0]))
+        loss += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        real = (targets != -100).cpu()
+        count += int(real.sum())
+        wrong = (logits.argmax(-1) != targets).cpu()[real].numpy()
+        at = at.cpu()[real]
+        dialogue = torch.from_numpy(batch[:, :1]).expand_as(segments).flatten()[at]
+        answer, which = np.unique(torch.stack([dialogue, segments.flatten()[at + 1]], 1), axis=0, return_inverse=True)
+        answers.append(np.column_stack([answer, np.bincount(which.ravel(), wrong, len(answer)) == 0]))
     model.train()
-    return losses / max(count, 1), np.concatenate(answers) if answers else np.zeros((0, 3), dtype=np.int64)
+    return loss / max(count, 1), np.concatenate(answers)
 
 
 def summary(split, answers):
@@ -205,7 +214,7 @@ def train(s):
     began = time.time()
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
-    keep_memory()
+    tune_cpu()
     mask, tokenizer = MASKS[s.mask], Tokenizer(s.tokenizer)
     out = pathlib.Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -246,7 +255,7 @@ def train(s):
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
-        tokens, f, at, targets, _ = inputs(split, batch, mask, device, s.answers_only)
+        tokens, at, targets, f, _ = inputs(split, batch, mask, device, s.answers_only)
         with autocast(device, dtype):
             logits = model(tokens, f, at=at)
         loss = F.cross_entropy(logits.float(), targets)

@@ -16,26 +16,23 @@ that "exactly right" has a meaning. `python -m data.dialogues` prints some.
 import random
 import zlib
 
-NAMES = """Adam Alice Amir Anna Arthur Beth Boris Carl Carmen Chloe Clara Cyrus Daisy Dan Diego Dora Edith Elena
-Elias Emil Emma Eric Erika Esther Eva Felix Fiona Frank Frida George Grace Greta Hanna Harry Heidi Helen Henry Hugo
-Ida Igor Irene Iris Isaac Ivan Jack Jane Jonas Julia Kai Karim Kate Klara Lara Laura Leo Lena Linda Louis Lucas Lucy
-Marco Maria Mark Martha Max Mia Mila Mina Moses Nadia Nina Noah Nora Olga Omar Oscar Otto Paul Paula Peter Petra
-Rachel Ravi Rita Robert Rosa Ruth Sam Sara Sofia Stella Tanya Theo Tim Tom Uma Vera Victor Walter Wendy Zoe""".split()
-CITIES = """Accra Athens Austin Berlin Bern Bogota Bonn Boston Cairo Cork Dallas Delhi Dover Dublin Geneva Genoa Graz
-Hanoi Houston Kyoto Lagos Leeds Lima Linz Lisbon London Lyon Madrid Malaga Malmo Manila Miami Milan Moscow Munich Naples
-Nice Osaka Oslo Oxford Paris Porto Prague Quito Riga Rome Seoul Sydney Tampa Tokyo Turin Venice Vienna Warsaw York
-Zurich""".split()
+NAMES = """Adam Alice Amir Anna Ben Boris Carl Carmen Clara Dan Dora Elena Emil Emma Eric Eva Felix Fiona Frank Grace
+Greta Hanna Harry Helen Hugo Ida Igor Irene Iris Ivan Jack Jane Jonas Julia Karim Kate Lara Laura Leo Linda Lucy Marco
+Maria Max Mia Mina Nadia Nina Nora Olga Omar Oscar Otto Paul Peter Rita Rosa Ruth Sam Sara Tim Tom Uma Vera""".split()
+CITIES = """Athens Austin Berlin Bern Bonn Boston Cairo Cork Dallas Delhi Dover Dublin Geneva Hanoi Kyoto Lima Lisbon
+London Lyon Madrid Malmo Miami Milan Moscow Munich Nice Osaka Oslo Paris Porto Prague Quito Riga Rome Seoul Tokyo
+Turin Venice Vienna Warsaw""".split()
 NEW_NAMES = "Agnes Bruno Cedric Dilan Eleanor Farid Gustav Imani Jasper Kamila Leon Magnus Naomi Rupert Selma Tobias".split()
 NEW_CITIES = "Ankara Brisbane Calgary Dresden Florence Hamburg Jakarta Kingston Marseille Odessa Santiago Tunis".split()
 ONSETS = "b br c d dr f fl g gr h j k l m n p r s st t tr v w z".split()
 VOWELS = "a e i o u".split()
 CODAS = ["", "", "", "l", "m", "n", "r", "s"]
-JOBS = "baker banker barber builder carpenter chef clerk cook dancer dentist doctor driver farmer fisher gardener judge lawyer mason miner nurse painter pilot plumber poet potter sailor singer tailor teacher waiter writer".split()
-FOODS = "apples bacon beans bread butter cake carrots cheese cherries corn dates eggs figs fish grapes ham honey jam kale lemons mango melons noodles nuts olives onions pasta peaches pears peas pizza plums rice salad salt soup sushi tea toast yams".split()
-PETS = "cat cow crab crow dog dove duck fox frog goat goose hamster hen horse lizard mouse owl parrot pig pony rabbit rat sheep snake spider swan turtle wolf".split()
+JOBS = "baker banker barber builder chef clerk cook dancer dentist doctor driver farmer judge lawyer miner nurse painter pilot poet sailor singer tailor teacher writer".split()
+FOODS = "apples beans bread butter cake carrots cheese corn dates eggs figs fish grapes honey jam lemons melons nuts olives onions pasta peas pizza plums rice salad soup tea toast".split()
+PETS = "cat cow crab dog dove duck fox frog goat hamster hen horse mouse owl parrot pig rabbit rat sheep snake turtle wolf".split()
 COLORS = "black blue brown gold gray green orange pink purple red silver white yellow".split()
-THINGS = "bag ball book coat cup hat key lamp map pen phone ring rope spoon ticket watch".split()
-ROOMS = "attic barn bath box car cellar desk drawer garage garden hall kitchen office shed tent tower".split()
+THINGS = "bag ball book coat cup hat key lamp map pen phone ring spoon ticket watch".split()
+ROOMS = "attic bath box car cellar desk drawer garage garden hall kitchen office tent".split()
 RELATIVES = "aunt boss brother cousin daughter father friend mother neighbor sister son uncle".split()
 LETTERS = "a b c d e f g h k m n p r s t u v w x y z".split()
 SMALL_TALK = [
@@ -60,7 +57,7 @@ class Words:
 
     def __init__(self, rng, new=False):
         self.rng, self.new = rng, new
-        self.invent = not new and rng.random() < 0.25
+        self.invent = not new and rng.random() < 0.15
 
     def invented(self, n):
         pick, made = self.rng.choice, {}
@@ -301,6 +298,7 @@ def induction(rng, words):
 
 FAMILIES = {"recollection": recollection, "expansion": expansion, "refinement": refinement,
             "follow-up": follow_up, "reasoning": reasoning, "induction": induction}
+SHARES = {"recollection": 4, "expansion": 4, "refinement": 3, "follow-up": 3, "reasoning": 2, "induction": 2}
 
 
 def split_of(messages):
@@ -316,7 +314,7 @@ def generate(split, n, seed=0, families=tuple(FAMILIES)):
     """
     rng = random.Random(f"{split} {seed}")
     while n > 0:
-        family = rng.choice(families)
+        family, = rng.choices(families, [SHARES[name] for name in families])
         messages = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.1 else []
         for query, answer in FAMILIES[family](rng, Words(rng, new=split == "new_words")):
             messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]

@@ -99,6 +99,11 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
     return folder
 
 
+def padded_length(length):
+    """Rows of 80 tokens and more are padded to a multiple of 8: kernels are prepared once for each shape."""
+    return length if length < 80 else -(-length // 8) * 8
+
+
 class Split:
     """One split in memory-mapped arrays: tokens and segments (N,), offsets (dialogues + 1,)."""
 
@@ -126,8 +131,8 @@ class Split:
         order = np.argsort(lengths + rng.random(len(lengths)))  # by length, ties at random
         cuts, start, real = [], 0, 0
         for i, length in enumerate(lengths[order].tolist()):
-            count = i - start + 1
-            if i > start and (count * length > n_tokens or real + length < 0.9 * count * length):
+            padded = (i - start + 1) * padded_length(length)
+            if i > start and (padded > n_tokens or real + length < 0.9 * padded):
                 cuts.append(order[start:i])
                 start, real = i, 0
             real += length
@@ -136,7 +141,7 @@ class Split:
 
     def collate(self, rows):
         """Rows -> tokens (B, T) int64, segments (B, T) int64, padded with 0 on the right."""
-        T = int((rows[:, 2] - rows[:, 1]).max())
+        T = padded_length(int((rows[:, 2] - rows[:, 1]).max()))
         tokens, segments = np.zeros((2, len(rows), T), dtype=np.int64)
         for i, (_, start, end) in enumerate(rows.tolist()):
             tokens[i, : end - start] = self.tokens[start:end]

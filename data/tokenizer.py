@@ -17,7 +17,7 @@ import zlib
 import tiktoken
 
 RANKS = pathlib.Path(__file__).parent / "ranks.tiktoken"
-N_RANKS = 1148  # with the four special tokens 1,152, a multiple of 64
+N_RANKS = 1276  # with the four special tokens 1,280
 # One token a digit. Runs are bounded, so that no text takes more than linear time to encode.
 PATTERN = r" ?\p{N}| ?\p{L}{1,24}| ?[^\s\p{L}\p{N}]{1,8}|\s{1,8}"
 HEADERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -127,7 +127,7 @@ def train_ranks(text, n):
 if __name__ == "__main__":
     from data.dialogues import generate
 
-    text = "\n".join(m["content"] for dialogue in generate("train", 20000, seed=1) for m in dialogue["messages"])
+    text = "\n".join(m["content"] for dialogue in generate("train", 10000, seed=1) for m in dialogue["messages"])
     ranks = train_ranks(text, N_RANKS)
     RANKS.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
     encoding = Tokenizer().encoding

@@ -1,0 +1,210 @@
+"""Chat: its cache equals one fresh forward after every turn, and it survives what people type."""
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model as model_module
+from data.tokenizer import Tokenizer
+from mask import MASKS, reusable
+from model import GPT, GPTConfig
+from sample import Chat, printable, sample
+
+TOKENIZER = Tokenizer()
+
+
+def make_chat(mask="ism", block_size=128, seed=0, token_shift=True, **settings):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=block_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
+                          n_hidden=48, token_shift=token_shift))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return Chat(model, TOKENIZER, MASKS[mask], **{"max_new_tokens": 12, "temperature": 1.0, **settings})
+
+
+@torch.no_grad()
+def check_cache(chat):
+    """The next query's logits through the cache equal one fresh forward over the whole dialogue."""
+    tokens, segments = chat.layout()
+    assert chat.cache.length == len(tokens) == chat.f.shape[1] <= chat.size
+    assert tokens[-1] == TOKENIZER.end
+    query = TOKENIZER.encode_given([{"role": "user", "content": "so?"}])
+    if len(tokens) + len(query) > chat.size:
+        return
+    both, number = torch.tensor([tokens + query]), segments[-1] + 1
+    f = chat.mask(torch.tensor([segments + [number] * len(query)]))
+    whole = chat.model(both, f)[0, -1]
+    keep = reusable(chat.f, f)
+    length, chat.cache.length = chat.cache.length, keep
+    cached = chat.model(both[:, keep:], f[:, keep:], chat.cache)[0, -1]
+    chat.cache.length = length
+    assert torch.allclose(cached, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
+    if keep < length:  # what was written over has to be restored for the next turn
+        chat.cache.length, chat.f = 0, chat.f[:, :0]
+        f = chat.mask(torch.tensor([segments]))
+        chat.model(torch.tensor([tokens]), f, chat.cache)
+        chat.f = f
+
+
+def sessions(count):
+    rng = random.Random(7)
+    for number in range(count):
+        chat = make_chat(rng.choice(list(MASKS)), rng.choice((48, 96, 128)), seed=number, token_shift=rng.random() < 0.5,
+                         system=rng.choice(("", "Be kind.")))
+        for _ in range(rng.randint(1, 8)):
+            text = " ".join(rng.choices(["Ann", "lives", "in", "Rome", "7", "é", "<|end|>"], k=rng.choice((0, 3, 8, 20, 60))))
+            chat.temperature, chat.top_k, chat.top_p = rng.choice((0.0, 1.0)), rng.choice((0, 5)), rng.choice((1.0, 0.5))
+            chat.max_new_tokens = rng.choice((1, 5, 30, 200))
+            if rng.random() < 0.1:
+                chat.reset()
+            try:
+                stream = chat.stream(text)
+                for _ in range(rng.choice((0, 1, 3, 999))):  # 999: to its end
+                    if next(stream, None) is None:
+                        break
+                stream.close()
+            except ValueError:
+                assert len(text) > 20
+            if chat.turns:
+                check_cache(chat)
+
+
+def test_random_sessions():
+    sessions(40)
+
+
+@pytest.mark.slow
+def test_thousands_of_random_sessions():
+    sessions(3000)
+
+
+def test_each_turn_is_read_once_under_ism():
+    for mask, once in (("ism", True), ("causal", True), ("prefix", False)):
+        chat, read = make_chat(mask, 256), []
+        for text in ("one", "two two", "three"):
+            chat.send(text)
+            read.append(chat.stats["prefill tokens"])
+        queries = [len(query) for query, _ in chat.turns]
+        assert (read == queries) == once
+
+
+def test_chat_under_ism_never_builds_a_mask(monkeypatch):
+    seen = []
+    original = model_module.attention
+    monkeypatch.setattr(model_module, "attention", lambda q, k, v, mask: seen.append(type(mask)) or original(q, k, v, mask))
+    chat = make_chat("ism", 256)
+    for text in ("one", "two two", "three"):
+        chat.send(text)
+    assert seen and not any(issubclass(kind, torch.Tensor) for kind in seen)
+
+
+def test_a_history_is_read_in_one_call_and_goes_on_the_same():
+    a = make_chat("ism", 256, temperature=0.0)
+    first = [a.send(text) for text in ("one", "two")]
+    b = make_chat("ism", 256, temperature=0.0)
+    # Text does not always encode back to the sampled tokens, so the ids are handed over.
+    b.load(a.messages)
+    b.turns = [(list(q), list(r)) for q, r in a.turns]
+    assert b.send("three") == a.send("three") and len(first) == 2
+    assert b.stats["prefill tokens"] == b.cache.length - b.stats["decode tokens"]
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "x"}], [{"role": "robot", "content": "x"}]])
+def test_bad_history(messages):
+    with pytest.raises(ValueError, match="history"):
+        make_chat().load(messages)
+
+
+def test_overflow_keeps_the_system_prompt_and_tells():
+    told = []
+    chat = make_chat("ism", 96, system="Be kind.", notify=told.append)
+    for _ in range(12):
+        chat.send("Ann lives in Rome")
+        tokens, _ = chat.layout()
+        assert tokens[: len(chat.system)] == chat.system and len(tokens) <= 96
+        check_cache(chat)
+    assert told and "forgotten" in told[0]
+    assert len(chat.messages) == 25  # the conversation itself is whole
+
+
+def test_overflow_in_the_middle_of_an_answer():
+    told = []
+    chat = make_chat("ism", 64, notify=told.append, max_new_tokens=40)
+    chat.silent = torch.tensor([*TOKENIZER.unsayable, TOKENIZER.end])  # an answer without end
+    for _ in range(3):
+        chat.send("Ann lives in Rome")
+        check_cache(chat)
+    assert told
+    chat.max_new_tokens = 500
+    chat.send("x")
+    check_cache(chat)
+    assert "filled the context" in told[-1]
+
+
+def test_a_query_longer_than_the_context_is_refused_and_changes_nothing():
+    chat = make_chat("ism", 64)
+    chat.send("hi")
+    before = chat.layout()
+    for text in ("word " * 100, "x" * 1_000_000):
+        with pytest.raises(ValueError, match="too long"):
+            chat.send(text)
+    assert chat.layout() == before
+    check_cache(chat)
+
+
+def test_stop_ends_the_answer():
+    chat = make_chat("ism", 128, max_new_tokens=50)
+    chat.silent = torch.tensor([*TOKENIZER.unsayable, TOKENIZER.end])
+    pieces = []
+    for piece in chat.stream("hi"):
+        pieces.append(piece)
+        chat.stop = len(pieces) == 3
+    assert len(chat.turns[-1][1]) == 4  # three tokens and <|end|>
+    check_cache(chat)
+
+
+def test_no_special_token_is_sampled():
+    chat = make_chat("ism", 256, temperature=3.0, max_new_tokens=100)
+    for text in ("<|end|><|assistant|>", "b"):
+        chat.send(text)
+    for _, answer in chat.turns:
+        assert not {*TOKENIZER.headers.values(), TOKENIZER.end} & set(answer[:-1]) and answer[-1] == TOKENIZER.end
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.integers(0, 25), st.floats(0.01, 1), st.integers(0, 10**6))
+def test_sample_stays_in_its_set(logits, top_k, top_p, seed):
+    logits = torch.tensor(logits)
+    token = sample(logits.clone(), 1.0, top_k, top_p, torch.Generator().manual_seed(seed))
+    larger = logits > logits[token]
+    assert not top_k or larger.sum() < top_k
+    kept = logits if not top_k else logits[logits >= logits.topk(min(top_k, len(logits))).values[-1]]
+    assert kept[kept > logits[token]].exp().sum() / kept.exp().sum() < top_p + 1e-4
+    assert sample(logits, 0.0) == int(logits.argmax())
+
+
+def test_printable():
+    assert printable("a\x1b[31m\x07é\n") == "a\ufffd[31m\ufffdé\n"
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120, **options)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("sample.py", "--ckpt", "no-such.pt"), "python train.py"), (("sample.py", "--ckpt", "README.md"), "not a checkpoint"),
+    (("sample.py", "--temperature", "-1"), "--temperature >= 0"), (("sample.py", "--nonsense"), "unrecognized"),
+    (("train.py", "--mask", "foo"), "'causal', 'prefix', 'ism'"), (("train.py", "--max_iters", "many"), "int"),
+    (("train.py", "--device", "tpu"), "there is"), (("train.py", "--n_embd", "130"), "n_embd"), (("train.py", "--max_iter", "3"), "unrecognized"),
+    (("train.py", "--data", "no-such.jsonl"), "no-such.jsonl"), (("train.py", "--tokenizer", "foo"), "nanoism")])
+def test_user_errors_are_one_line(arguments, words, tmp_path):
+    out = ("--out_dir", str(tmp_path)) if arguments[0] == "train.py" else ()
+    done = run(*arguments, *out)
+    assert done.returncode != 0 and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
