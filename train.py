@@ -293,7 +293,7 @@ def main():
     s = parse(Settings, "Train a GPT under a mask on dialogues.")
     try:
         m = train(s)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     print(f"\nHeld-out answers that are exactly right, whole      loss {m['loss']:.4f}, {m['seconds']:.0f} s")
     for title, key in (("family", "accuracy"), ("turn", "accuracy_by_turn"), ("needs a word never trained on", "accuracy_new_words")):
