@@ -8,7 +8,6 @@ Notable features:
 - one attention function; every path but the one for short rows on the CPU is F.scaled_dot_product_attention
 - nothing here knows about text or dialogues
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +28,8 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     tie_embeddings: bool = True
-    # Add to each token's embedding that of the token before it. To find "the word after the name" a layer
-    # must know what stands before each word; this gives it that for free. Off in LLaMA and Qwen shapes.
+    # Before attention, add to each position a learned share of the two before it. To find "the word after the name"
+    # a layer must know what stands before each word; this tells it. Off in LLaMA and Qwen shapes.
     token_shift: bool = False
 
     def __post_init__(self):
@@ -47,14 +46,16 @@ class GPTConfig:
 class Cache:
     """Keys and values of the tokens seen so far, allocated once: 2 * n_layer * B * n_kv_head * S * D numbers.
 
-    To forget all but the first p tokens, set `length` to p.
+    With token shift also what each attention was given, n_layer * B * (S + 2) * n_embd numbers. To forget all
+    but the first p tokens, set `length` to p.
     """
 
     def __init__(self, config, batch_size=1, device=None, dtype=None):
         shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_size)
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, Hkv, S, D)
         self.v = torch.empty_like(self.k)
-        self.tokens = torch.zeros(batch_size, config.block_size, dtype=torch.long, device=device)  # (B, S)
+        slots = config.block_size + 2 if config.token_shift else 0  # before the first token stand two zeros
+        self.x = torch.zeros(config.n_layer, batch_size, slots, config.n_embd, device=device, dtype=dtype)  # (L, B, S + 2, C)
         self.length = 0
 
 
@@ -97,9 +98,17 @@ class Attention(nn.Module):
         H, Hkv, D = self.sizes
         self.qkv = nn.Linear(config.n_embd, (H + 2 * Hkv) * D, bias=config.qkv_bias)
         self.out = nn.Linear(H * D, config.n_embd, bias=False)
+        self.shares = nn.Parameter(torch.full((2, config.n_embd), 0.3)) if config.token_shift else None
 
     def forward(self, x, mask, rope, cached=None):
-        (B, n, _), (H, Hkv, D) = x.shape, self.sizes
+        (B, n, C), (H, Hkv, D) = x.shape, self.sizes
+        keys, values, inputs, start = cached or (None, None, None, 0)
+        if self.shares is not None:
+            before = x.new_zeros(B, 2, C) if cached is None else inputs[:, start : start + 2]
+            if cached is not None:
+                inputs[:, start + 2 : start + 2 + n] = x
+            x = torch.cat([before, x], 1)  # (B, n + 2, C)
+            x = x[:, 2:] + self.shares[0] * x[:, 1:-1] + self.shares[1] * x[:, :-2]
         qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
         qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
         cos, sin = (table.to(qk.dtype) for table in rope)  # (n, 1, D)
@@ -107,7 +116,6 @@ class Attention(nn.Module):
         q, k = qk.transpose(1, 2).split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)
         v = v.transpose(1, 2)  # (B, Hkv, n, D)
         if cached is not None:
-            keys, values, start = cached  # (B, Hkv, block_size, D)
             keys[:, :, start : start + n], values[:, :, start : start + n] = k, v
             k, v = keys[:, :, : start + n], values[:, :, : start + n]  # views: the cache is never copied
         y = attention(q, k, v, mask)  # (B, H, n, D)
@@ -151,11 +159,13 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         for name, p in self.named_parameters():
-            if p.dim() > 1:  # GPT-2's: what writes to the residual stream starts smaller, by the depth
-                writes = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if writes else 0.02)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(p)
+            elif name == "embed.weight":
+                nn.init.normal_(p, std=0.02)
+            elif p.dim() > 1 and not name.endswith("shares"):  # what writes to the residual stream starts smaller, by the depth
+                writes = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=(p.shape[1] * (2 * config.n_layer if writes else 1)) ** -0.5)
         D = config.head_size
         angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(0, D, 2) / D)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (block_size, 1, D / 2)
@@ -180,14 +190,10 @@ class GPT(nn.Module):
         if isinstance(mask, torch.Tensor):
             mask = mask.to(tokens.device, non_blocking=True)
         x = self.embed(tokens)  # (B, n, C)
-        if self.config.token_shift:
-            before = self.embed(cache.tokens[:, start - 1 : start]) if start else torch.zeros_like(x[:, :1])
-            x = x + torch.cat([before, x[:, :-1]], 1)
         rope = self.cos[start:end], self.sin[start:end]
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, rope, None if cache is None else (cache.k[i], cache.v[i], start))
+            x = block(x, mask, rope, None if cache is None else (cache.k[i], cache.v[i], cache.x[i], start))
         if cache is not None:
-            cache.tokens[:, start:end] = tokens
             cache.length = end
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
         return self.head(x)

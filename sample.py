@@ -68,7 +68,11 @@ class Chat:
 
     def load(self, messages):
         """Go on from a conversation, a list of messages that ends with an answer, maybe after a system prompt."""
-        if any(m["role"] not in (*GIVEN, "assistant") for m in messages) or not messages or messages[-1]["role"] != "assistant":
+        try:
+            wrong = any(m["role"] not in (*GIVEN, "assistant") or not isinstance(m["content"], str) for m in messages)
+        except (TypeError, KeyError):
+            wrong = True
+        if wrong or not messages or messages[-1]["role"] != "assistant":
             raise ValueError("a history is a list of system, user and assistant messages that ends with the assistant's")
         if messages[0]["role"] == "system":
             self.messages, messages = messages[:1], messages[1:]
@@ -191,7 +195,7 @@ HELP = """/reset      forget the conversation
 /mask       draw what each token of the dialogue sees
 /save FILE  write the conversation as messages in JSON
 /help       this
-/quit       leave (as Ctrl-D does); Ctrl-C stops an answer"""
+/quit       leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def show_stats(chat):
@@ -215,8 +219,11 @@ def command(chat, line):
         tokens, _ = chat.layout()
         print("\n".join(draw(chat.f[0], [ascii(chat.tokenizer.decode([t]))[1:-1][:16] for t in tokens])))
     elif name == "/save" and argument:
-        with open(argument, "w", encoding="utf-8") as file:
-            json.dump({"messages": chat.messages}, file, indent=1, ensure_ascii=False)
+        try:
+            with open(argument, "w", encoding="utf-8") as file:
+                json.dump({"messages": chat.messages}, file, indent=1, ensure_ascii=False)
+        except OSError as error:
+            print(f"[not saved: {error}]")
     else:
         print(HELP)
     return False
@@ -256,9 +263,11 @@ def main():
                          seed=a.seed, max_new_tokens=a.max_new_tokens, notify=print)
         if a.history:
             with open(a.history, encoding="utf-8") as file:
-                chat.load(json.load(file)["messages"])
-    except (ValueError, OSError, KeyError, TypeError) as error:
+                saved = json.load(file)
+            chat.load(saved.get("messages") if isinstance(saved, dict) else saved)
+    except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     for prompt in a.prompt:
         print(f"> {prompt}")
         answer(chat, prompt)
@@ -271,8 +280,11 @@ def main():
     while True:
         try:
             line = input("> " if terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             break
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D leaves")
+            continue
         if line.startswith("/"):
             if command(chat, line):
                 break

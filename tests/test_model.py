@@ -38,8 +38,6 @@ def reference(model, tokens, f):
     """The same model in float64, a loop over heads and a dense mask, no library attention."""
     c, P = model.config, {name: p.double() for name, p in model.state_dict().items()}
     x = P["embed.weight"][tokens]
-    if c.token_shift:
-        x = torch.cat([x[:, :1], x[:, 1:] + x[:, :-1]], 1)
     norm = lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w
     D, T = c.head_size, tokens.shape[1]
     angle = torch.arange(T).double()[:, None] / c.rope_theta ** (torch.arange(0, D, 2).double() / D)
@@ -47,7 +45,11 @@ def reference(model, tokens, f):
                                   h[..., D // 2 :] * angle.cos() + h[..., : D // 2] * angle.sin()], -1)
     for i in range(c.n_layer):
         W = lambda name: P[f"blocks.{i}.{name}"]
-        h = norm(x, W("norm1.weight")) @ W("attention.qkv.weight").T + (W("attention.qkv.bias") if c.qkv_bias else 0)
+        h = norm(x, W("norm1.weight"))
+        if c.token_shift:
+            one, two = W("attention.shares")
+            h = torch.stack([h[:, j] + (one * h[:, j - 1] if j > 0 else 0) + (two * h[:, j - 2] if j > 1 else 0) for j in range(T)], 1)
+        h = h @ W("attention.qkv.weight").T + (W("attention.qkv.bias") if c.qkv_bias else 0)
         heads = h.split(D, -1)
         q, k, v = heads[: c.n_head], heads[c.n_head : c.n_head + c.n_kv_head], heads[c.n_head + c.n_kv_head :]
         out = []
