@@ -88,17 +88,17 @@ def measure(n_dialogues):
     model = GPT(GPTConfig(tokenizer.vocab_size, 64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, n_hidden=64)).double()
     parts, cuts = [], []
     for name, mask in MASKS.items():
-        title, f = name.replace("ism", "ISM"), mask(segments)
+        f = mask(segments)
         for turn, part in enumerate(copies(mask, segments), start=1):
             f_part = mask(part)
             moved = moves(model, tokens[:, :part.shape[1]], f_part) > EXACT
-            parts.append({"mask": title if one_pass(mask) else f"{title}, turn {turn}", "f": f_part[0].tolist(),
+            parts.append({"mask": name if one_pass(mask) else f"{name}, turn {turn}", "f": f_part[0].tolist(),
                           "trained": where(loss_positions(part, f_part)[0]), "moved": [where(row) for row in moved]})
         whole = cached(model, tokens, f)
         for end in borders(segments[0].tolist())[1:-1]:
             f_cut = mask(segments[:, :end])
             stale = (cached(model, tokens[:, :end], f_cut) - whole[:end]).abs().amax(1) > EXACT  # (end,)
-            cuts.append({"mask": title, "cut": end, "f_changed": where(f_cut[0] != f[0, :end]), "stale": where(stale),
+            cuts.append({"mask": name, "cut": end, "f_changed": where(f_cut[0] != f[0, :end]), "stale": where(stale),
                          "reusable": reusable(f_cut, f)})
     train = [torch.tensor([tokenizer.encode_dialogue(d["messages"])[1]]) for d in generate("train", n_dialogues)]
     return {"labels": [tokenizer.decode([token]).strip() for token in tokens[0].tolist()],
@@ -171,7 +171,7 @@ def draw_masks(figures, path):
         axis.vlines(ends[1:], 0, T, color="black", lw=0.7, zorder=3)
         for start, end in zip(ends, ends[1:]):
             axis.text((start + end) / 2, -0.2, segment_name(figures["segments"][start]), ha="center", fontsize=8)
-        axis.set_title(f"{part['mask']}: {sum(f)} pairs, {len(trained)} trained", fontsize=10.5)
+        axis.set_title(f"{part['mask'].replace('ism', 'ISM')}: {sum(f)} pairs, {len(trained)} trained", fontsize=10.5)
         axis.set(xlim=(-6, len(figures["labels"])), ylim=(len(figures["labels"]), -1.2))
     legend(axes[1, 0], {"sees: itself and its past": PAST, "sees: its future": FUTURE,
                         "hidden from a query's token": TINTS[1], "hidden from an answer's token": TINTS[0]},
@@ -195,7 +195,7 @@ def draw_properties(figures, path):
         if token is not None:
             axis.add_patch(plt.Rectangle((x, token), len(columns), 1, fill=False, lw=1.5, zorder=5))
         for name, changed, n, trained in columns:
-            axis.text(x + 0.5, -0.2, name.replace(", ", "\n"), ha="center", fontsize=7)
+            axis.text(x + 0.5, -0.2, name.replace("ism", "ISM").replace(", ", "\n"), ha="center", fontsize=7)
             for j in range(len(labels)):
                 cell(axis, x, j, CHANGE if j in changed else SAME if j < n else "white")
             dots(axis, [x + 0.5] * len(trained), [j + 0.5 for j in trained])

@@ -33,7 +33,7 @@ def naive(mask, segments):
     """f, from the words of the definitions."""
     f = []
     for j, segment in enumerate(segments):
-        if mask == "ISM" and segment % 2 == 1:
+        if mask == "ism" and segment % 2 == 1:
             f.append(max(i for i, s in enumerate(segments) if s == segment) + 1)
         elif mask.startswith("prefix"):
             f.append(max(j, max(i for i, s in enumerate(segments) if s % 2 == 1)) + 1)
@@ -72,7 +72,7 @@ def test_pictures_and_tables(run):
 
 def test_the_dialogue_and_its_copies(figures):
     assert figures["labels"][0] == "<|user|>" and figures["labels"][-1] == "<|end|>"
-    assert [part["mask"] for part in figures["parts"]] == ["causal", "prefix, turn 1", "prefix, turn 2", "ISM"]
+    assert [part["mask"] for part in figures["parts"]] == ["causal", "prefix, turn 1", "prefix, turn 2", "ism"]
     q1, a1, q2, a2 = lengths(figures["segments"])
     assert [len(part["f"]) for part in figures["parts"]] == [q1 + a1 + q2 + a2, q1 + a1] + 2 * [q1 + a1 + q2 + a2]
     for part in figures["parts"]:
@@ -99,7 +99,7 @@ def test_counts_of_the_training_data(figures):
 
 def test_trained_are_the_answers_each_once(figures):
     answers = [j - 1 for j, s in enumerate(figures["segments"]) if s % 2 == 0]  # the positions that predict them
-    for mask in ("causal", "prefix", "ISM"):
+    for mask in ("causal", "prefix", "ism"):
         assert sorted(j for part in figures["parts"] if mask in part["mask"] for j in part["trained"]) == answers
 
 
@@ -128,7 +128,7 @@ def test_no_leak(figures):
 def test_cacheable(figures):
     segments = figures["segments"]
     ends = [j for j in range(1, len(segments)) if segments[j] != segments[j - 1]]
-    assert [(c["mask"], c["cut"]) for c in figures["cuts"]] == [(m, e) for m in ("causal", "prefix", "ISM") for e in ends]
+    assert [(c["mask"], c["cut"]) for c in figures["cuts"]] == [(m, e) for m in ("causal", "prefix", "ism") for e in ends]
     for c in figures["cuts"]:
         pairs = zip(naive(c["mask"], segments[:c["cut"]]), naive(c["mask"], segments))
         assert c["f_changed"] == [j for j, (cut, whole) in enumerate(pairs) if cut != whole]
