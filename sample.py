@@ -104,8 +104,7 @@ class Chat:
     def stream(self, text):
         """Yield the answer to a query piece by piece. ValueError if the query does not fit into the context."""
         message = {"role": "user", "content": text}
-        longest = max(map(len, self.tokenizer.encoding.token_byte_values()))
-        if len(text.encode("utf-8", "replace")) > self.size * longest:  # before the tokenizer has to read it
+        if len(text.encode("utf-8", "replace")) > self.size * self.tokenizer.longest:  # before the tokenizer has to read it
             raise ValueError(f"the query is too long for the context of {self.size} tokens")
         query = self.tokenizer.encode_given([message])
         if len(self.system) + len(query) + 2 > self.size:  # an answer is at least one token and <|end|>
@@ -115,9 +114,14 @@ class Chat:
         began = time.perf_counter()
         answer, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
         self.turns.append((query, answer))
-        self.messages += [message, {"role": "assistant", "content": ""}]
         try:
             logits = self.read()
+        except BaseException:  # interrupted, or out of memory: as if nothing had been asked
+            self.turns.pop()
+            self.f = self.f[:, : self.cache.length]
+            raise
+        self.messages += [message, {"role": "assistant", "content": ""}]
+        try:
             self.stats = {"prefill tokens": self.fed, "prefill s": time.perf_counter() - began}
             while not self.stop and len(answer) < self.max_new_tokens:
                 logits[self.silent] = -torch.inf

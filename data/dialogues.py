@@ -158,15 +158,14 @@ def expansion(rng, words):
     people = words.names(n + 1)
     values = {"age": rng.sample(range(18, 80), n + 1), "city": words.cities(n + 1), "pet": rng.sample(PETS, n + 1),
               "job": rng.sample(JOBS, n + 1), "food": rng.sample(FOODS, n + 1)}
-    story = rng.random() < 0.5
+    story = rng.random() < 0.75
 
     def row(i):
         if story:
-            told = [ATTRIBUTES[key][0].format(values[key][i]) for key in keys]
-            return f"{people[i]} {', '.join(told[:-1])} and {told[-1]}."
-        return f"{people[i]}: {listed(values[key][i] for key in keys)}."
+            return " ".join(f"{people[i]} {ATTRIBUTES[key][0].format(values[key][i])}." for key in keys)
+        return f"{people[i]}: {listed(f'{key} {values[key][i]}' for key in keys)}."
 
-    start = rng.choice(("Here is a story.", "Read this.")) if story else f"Here is a table of {listed(keys)}."
+    start = rng.choice(("Here is a story.", "Read this.")) if story else "Here is a table."
     text = " ".join([start] + [row(i) for i in range(n)])
     for turn in range(rng.randint(3, 7)):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
@@ -178,7 +177,7 @@ def expansion(rng, words):
             query = ask_who.format(values[key][i])
         elif kind < 0.88 or turn == 0 or n == len(people):
             query = f"Tell me all about {people[i]}."
-            answer = " ".join(f"{people[i]} {ATTRIBUTES[k][0].format(values[k][i])}." for k in keys)
+            answer = " ".join(f"{people[i]} {ATTRIBUTES[key][0].format(values[key][i])}." for key in keys)
         else:
             query, answer = f"Add this. {row(n)}", f"Added {people[n]}. There are now {n + 1} people."
             n += 1
@@ -189,11 +188,11 @@ def expansion(rng, words):
 
 def refinement(rng, words):
     numbers = rng.random() < 0.5
-    pool = list(range(1, 100)) if numbers else rng.choice((FOODS, PETS, COLORS))
+    pool = list(range(1, 10)) if numbers else rng.choice((FOODS, PETS, COLORS))
     items, turns = rng.sample(pool, rng.randint(3, 6)), rng.randint(3, 7)
     query = f"{rng.choice(('Take this list', 'Here is a list', 'Here are some words' if not numbers else 'Here are some numbers'))}: {listed(items)}."
     for turn in range(turns):
-        ways = ["reverse", "swap", "add"] + ["sort", "sort"] * numbers + ["first", "last", "drop", "remove"] * (len(items) > 2)
+        ways = ["reverse", "swap"] + ["add"] * (len(items) < 7) + ["sort", "sort"] * numbers + ["first", "last", "drop", "remove"] * (len(items) > 2)
         way = rng.choice(ways)
         if way == "reverse":
             items, ask = items[::-1], rng.choice(("Now in reverse.", "Turn it around."))
@@ -220,16 +219,14 @@ def refinement(rng, words):
 # --- follow-up ----------------------------------------------------------------------------------------------
 
 def follow_up(rng, words, turns=None):
-    value = rng.randint(2, 60)
+    value = rng.randint(2, 40)
     start = rng.choice((f"Start with {value}.", f"Take the number {value}.", f"I have {value} coins."))
     for turn in range(turns or rng.randint(3, 8)):
-        ways = ["add", "add", "odd", "more"] + ["subtract"] * (value > 20) + ["double"] * (value < 80) + ["halve"] * (value % 2 == 0 and value > 9)
-        way = rng.choice(ways)
+        ways = ["odd", "more"] + ["add"] * 2 * (value < 90) + ["subtract"] * (1 + (value > 89)) * (value > 10) + ["double"] * (value < 50) + ["halve"] * (value % 2 == 0)
+        way, n = rng.choice(ways), rng.randint(1, 9)
         if way == "add":
-            n = rng.randint(1, 20) if value < 180 else 1
             ask, answer, value = rng.choice((f"Add {n}.", f"Now add {n}.", f"And {n} more?")), f"{value} plus {n} is {value + n}.", value + n
         elif way == "subtract":
-            n = rng.randint(1, 20)
             ask, answer, value = rng.choice((f"Subtract {n}.", f"Take away {n}.")), f"{value} minus {n} is {value - n}.", value - n
         elif way == "double":
             ask, answer, value = rng.choice(("Double it.", "Now double that.")), f"{value} times 2 is {2 * value}.", 2 * value
@@ -238,7 +235,7 @@ def follow_up(rng, words, turns=None):
         elif way == "odd":
             ask, answer = "Is it odd or even?", f"{value} is {'odd' if value % 2 else 'even'}."
         else:
-            n = rng.randint(5, 150)
+            n = rng.randint(5, 95)
             ask, answer = f"Is it more than {n}?", f"{'Yes' if value > n else 'No'}, {value} is {'' if value > n else 'not '}more than {n}."
         yield (f"{start} {ask}" if turn == 0 else ask), answer
 
@@ -298,7 +295,8 @@ def induction(rng, words):
 
 FAMILIES = {"recollection": recollection, "expansion": expansion, "refinement": refinement,
             "follow-up": follow_up, "reasoning": reasoning, "induction": induction}
-SHARES = {"recollection": 4, "expansion": 4, "refinement": 3, "follow-up": 3, "reasoning": 2, "induction": 2}
+PATTERNS = ("recollection", "expansion", "refinement", "follow-up")  # MT-Eval's
+SHARES = {"recollection": 3, "expansion": 5, "refinement": 4, "follow-up": 3, "reasoning": 1, "induction": 1}
 
 
 def split_of(messages):

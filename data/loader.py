@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+from array import array
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ def sources(data, n_dialogues, seed):
     """Split name -> (how many dialogues, an iterator over them)."""
     if not data:
         sizes = {"train": n_dialogues, "val": 1000, "test": 2000, "new_words": 1000}
+        sizes = {split: min(n, n_dialogues) for split, n in sizes.items()}
         return {split: (n, dialogues.generate(split, n, seed)) for split, n in sizes.items()}
     chats = list({json.dumps(messages): {"messages": messages, "family": "chats"} for messages in read_chats(data)}.values())
     if len(chats) < 3:
@@ -72,7 +74,7 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
     partial.mkdir()
     cut = dropped = 0
     for split, (n, items) in sources(data, n_dialogues, seed).items():
-        tokens, segments, offsets, families = [], [], [0], []
+        tokens, segments, offsets, families = array("I"), array("H"), [0], []
         for item in tqdm(items, total=n, desc=f"prepare {split}", unit=" dialogues", leave=False):
             t, s = tokenizer.encode_dialogue(item["messages"])
             if len(t) > block_size:
@@ -80,8 +82,8 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
                 cut, dropped = cut + bool(ends), dropped + (not ends)
                 t, s = t[: max(ends, default=0)], s[: max(ends, default=0)]
             if t:
-                tokens += t
-                segments += s
+                tokens.extend(t)
+                segments.extend(s)
                 offsets.append(len(tokens))
                 families.append(item["family"])
         names = sorted(set(families))

@@ -49,7 +49,7 @@ class Tokenizer:
         self.end = special[END]
         self.vocab_size = n + len(special)
         self.unsayable = sorted({*range(self.vocab_size)} - {*ranks.values(), self.end})  # never to be sampled
-        self.name = name
+        self.longest = max(map(len, ranks))  # bytes of the longest token
         self.identity = f"{name} {zlib.crc32(repr(sorted(ranks.items())).encode()):08x}"
 
     def encode_given(self, messages):

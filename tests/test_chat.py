@@ -158,6 +158,24 @@ def test_a_query_longer_than_the_context_is_refused_and_changes_nothing():
     check_cache(chat)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_an_interrupted_read_leaves_the_chat_as_it_was(monkeypatch, mask):
+    chat = make_chat(mask, 256)
+    chat.send("hi")
+    before, feed = chat.layout(), chat.feed
+
+    def interrupted(*tokens):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "feed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("Who am I?")
+    monkeypatch.setattr(chat, "feed", feed)
+    assert chat.layout() == before and len(chat.messages) == 2
+    chat.send("Who am I?")
+    check_cache(chat)
+
+
 def test_stop_ends_the_answer():
     chat = make_chat("ism", 128, max_new_tokens=50)
     chat.silent = torch.tensor([*TOKENIZER.unsayable, TOKENIZER.end])

@@ -47,8 +47,8 @@ def reference(model, tokens, f):
         W = lambda name: P[f"blocks.{i}.{name}"]
         h = norm(x, W("norm1.weight"))
         if c.token_shift:
-            one, two = W("attention.shares")
-            h = torch.stack([h[:, j] + (one * h[:, j - 1] if j > 0 else 0) + (two * h[:, j - 2] if j > 1 else 0) for j in range(T)], 1)
+            shares = W("attention.shares")
+            h = torch.stack([h[:, j] + sum(shares[i - 1] * h[:, j - i] for i in (1, 2, 3) if j >= i) for j in range(T)], 1)
         h = h @ W("attention.qkv.weight").T + (W("attention.qkv.bias") if c.qkv_bias else 0)
         heads = h.split(D, -1)
         q, k, v = heads[: c.n_head], heads[c.n_head : c.n_head + c.n_kv_head], heads[c.n_head + c.n_kv_head :]
