@@ -108,8 +108,9 @@ class Attention(nn.Module):
             before = x.new_zeros(B, 3, C) if cached is None else inputs[:, start : start + 3]
             if cached is not None:
                 inputs[:, start + 3 : start + 3 + n] = x
-            x = torch.cat([before, x], 1)  # (B, n + 3, C)
-            x = x[:, 3:] + sum(share * x[:, 2 - i : 2 - i + n] for i, share in enumerate(self.shares))
+            past = torch.cat([before, x], 1)  # (B, n + 3, C)
+            for i, share in enumerate(self.shares):
+                x = torch.addcmul(x, past[:, 2 - i : 2 - i + n], share)
         qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
         qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
         cos, sin = (table.to(qk.dtype) for table in rope)  # (n, 1, D)

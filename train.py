@@ -39,7 +39,7 @@ class Settings:
     out_dir: str = setting("out", "where the checkpoint and the figures go")
     device: str = setting("auto", "cpu, cuda, mps; auto takes the fastest there is")
     dtype: str = setting("auto", "of the computation; auto tries which is fast", ("auto", "float32", "bfloat16"))
-    max_iters: int = setting(4400, "training steps")
+    max_iters: int = setting(4000, "training steps")
     batch_size: int = setting(8, "a step holds batch_size * block_size tokens, in as many dialogues as fit")
     block_size: int = setting(256, "longest context in tokens")
     n_layer: int = setting(2, "blocks")

@@ -148,7 +148,7 @@ ATTRIBUTES = {  # how a story tells it, how one asks for it, how one asks for th
     "age": ("is {} years old", "How old is {}?", "Who is {} years old?"),
     "city": ("lives in {}", "Where does {} live?", "Who lives in {}?"),
     "pet": ("has a {}", "Which pet does {} have?", "Who has a {}?"),
-    "job": ("works as a {}", "What does {} work as?", "Who works as a {}?"),
+    "job": ("is a {}", "What is the job of {}?", "Who is a {}?"),
     "food": ("likes {}", "What does {} like?", "Who likes {}?"),
 }
 
