@@ -60,6 +60,14 @@ class Settings:
     compile: bool = setting(False, "torch.compile the blocks")
     resume: bool = setting(False, "go on from the checkpoint in out_dir")
 
+    def __post_init__(self):
+        for f in fields(self):
+            least = 0 if f.name in ("seed", "n_kv_head", "warmup_iters") else 1
+            if f.type is int and getattr(self, f.name) < least:
+                raise ValueError(f"--{f.name} must be at least {least}, not {getattr(self, f.name)}")
+            if f.type is float and not 0 <= getattr(self, f.name) < float("inf"):
+                raise ValueError(f"--{f.name} must be a number from 0 on, not {getattr(self, f.name)}")
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -293,11 +301,13 @@ def train(s):
 
 
 def main():
-    s = parse(Settings, "Train a GPT under a mask on dialogues.")
     try:
+        s = parse(Settings, "Train a GPT under a mask on dialogues.")
         m = train(s)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: stopped; --resume goes on from the last checkpoint, which is written every --eval_interval steps")
     print(f"\nHeld-out answers that are exactly right, whole      loss {m['loss']:.4f}, {m['seconds']:.0f} s")
     for title, key in (("by family", "accuracy"), ("by turn", "accuracy_by_turn"), ("that need a word never trained on", "accuracy_new_words")):
         if key in m:

@@ -220,7 +220,8 @@ def run(*arguments, **options):
     (("sample.py", "--temperature", "-1"), "--temperature >= 0"), (("sample.py", "--nonsense"), "unrecognized"),
     (("train.py", "--mask", "foo"), "'causal', 'prefix', 'ism'"), (("train.py", "--max_iters", "many"), "int"),
     (("train.py", "--device", "tpu"), "there is"), (("train.py", "--n_embd", "130"), "n_embd"), (("train.py", "--max_iter", "3"), "unrecognized"),
-    (("train.py", "--data", "no-such.jsonl"), "no-such.jsonl"), (("train.py", "--tokenizer", "foo"), "nanoism")])
+    (("train.py", "--max_iters", "-5"), "at least 1"), (("train.py", "--learning_rate", "nan"), "from 0 on"),
+    (("train.py", "--resume"), "no checkpoint"), (("train.py", "--data", "no-such.jsonl"), "no-such.jsonl"), (("train.py", "--tokenizer", "foo"), "nanoism")])
 def test_user_errors_are_one_line(arguments, words, tmp_path):
     out = ("--out_dir", str(tmp_path)) if arguments[0] == "train.py" else ()
     done = run(*arguments, *out)
