@@ -46,14 +46,16 @@ LAYOUTS = {
     "llama3": {"begin": "<|begin_of_text|>", "header": "<|start_header_id|>{role}<|end_header_id|>\n\n", "end": "<|eot_id|>", "after": ""},
 }
 # How text is split before pairs are merged.
-CONTRACTIONS = "'(?:[sdmt]|ll|ve|re)"
-GPT2 = CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts out each digit first and splits what is left as GPT-2 does: to the space before a digit the text ends there.
-SMOLLM = CONTRACTIONS + r"|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+MODERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN, LLAMA3 = MODERN % "", MODERN % "{1,3}"
+# SmolLM2 cuts out each digit first and splits what is left as GPT-2 does: to the space before a digit the text ends there.
+SMOLLM = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# Byte-level BPE files write each byte as one printable character (GPT-2's encoder): {character: byte}.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+SYMBOLS = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 # The special tokens that a chat needs, behind the ranks of LLaMA 3's tokenizer.model; the others of its 256 are never said.
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+UNKNOWN = "is not a byte-level BPE as LLaMA 3, Qwen and SmolLM2 have it; SentencePiece tokenizers are not supported"
 
 
 def read_json(path):
@@ -70,15 +72,12 @@ def read_json(path):
 
 
 def read_config(folder, block_size=0):
-    """The GPTConfig of a folder's config.json, with the context cut to block_size unless that is 0. ValueError if it has what the model here has not."""
+    """The GPTConfig of a folder's config.json, its context cut to block_size unless that is 0. ValueError for what GPT has not."""
     path = pathlib.Path(folder) / "config.json"
     c = read_json(path)
     name = (c.get("architectures") or [None])[0]
     if name not in ARCHITECTURES:
         raise ValueError(f"{path}: the architecture {name} is not known; known are {', '.join(ARCHITECTURES)}")
-    for option, allowed in SUPPORTED.items():
-        if c.get(option, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: {option} = {c[option]} is not supported")
     if set(c.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         raise ValueError(f"{path}: layer_types other than full_attention are not supported")
 
@@ -89,14 +88,15 @@ def read_config(folder, block_size=0):
         return kind(value)
 
     rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta"), **(c.get("rope_scaling") or {})}  # newer and older files
+    for option, allowed in SUPPORTED.items():
+        if (value := c.get(option, rope.get(option, allowed[0]))) not in allowed:
+            raise ValueError(f"{path}: {option} = {value} is not supported")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), ()
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = tuple(number(rope, key, kind=float) for key in keys)
     elif kind != "default":
         raise ValueError(f"{path}: rope scaling of type {kind} is not supported, only llama3")
-    if rope.get("partial_rotary_factor", 1) not in SUPPORTED["partial_rotary_factor"]:
-        raise ValueError(f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported")
     n_embd, n_head, longest = number(c, "hidden_size"), number(c, "num_attention_heads"), number(c, "max_position_embeddings")
     if block_size > longest:
         raise ValueError(f"{path}: the context is {longest} tokens, {block_size} are asked for")
@@ -125,13 +125,12 @@ def read_safetensors(path):
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        try:
-            kind, shape, (first, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = type(kind) is str and all(type(n) is int and n >= 0 for n in (*shape, first, end)) and first <= end
-        except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{path}: the header's entry for {name} is damaged")
+        match entry:
+            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [first, end]} if all(
+                    type(n) is int and n >= 0 for n in (*shape, first, end)):
+                pass
+            case _:
+                raise ValueError(f"{path}: the header's entry for {name} is damaged")
         if kind not in DTYPES:
             raise ValueError(f"{path}: {name} is of dtype {kind}; read are {', '.join(DTYPES)}")
         if end - first != math.prod(shape) * DTYPES[kind].itemsize:
@@ -177,17 +176,14 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
     with torch.device("meta"):  # shapes without memory, and no time spent on random numbers
         model = GPT(config)
     H, Hkv, D = config.n_head, config.n_kv_head, config.head_size
+    rows = {2: [config.n_hidden] * 2, 3: [H * D, Hkv * D, Hkv * D]}  # by the number of tensors that are stacked
     parts, expected = {}, set()  # ours: [theirs]
     for name, p in model.state_dict().items():
-        if name.startswith("blocks."):
-            _, i, inner = name.split(".", 2)
-            parts[name] = [f"model.layers.{i}.{part}" for part in BLOCK_TENSORS[inner]]
-        else:
-            parts[name] = TENSORS[name]
+        block, i, inner = name.split(".", 2) if name.startswith("blocks.") else (None, None, None)
+        parts[name] = [f"model.layers.{i}.{part}" for part in BLOCK_TENSORS[inner]] if block else TENSORS[name]
         if name == "head.weight" and config.tie_embeddings and "lm_head.weight" not in theirs:
             parts[name] = TENSORS["embed.weight"]
-        rows = {1: [p.shape[0]], 2: [config.n_hidden] * 2, 3: [H * D, Hkv * D, Hkv * D]}[len(parts[name])]
-        for part, n in zip(parts[name], rows):
+        for part, n in zip(parts[name], rows.get(len(parts[name]), p.shape)):
             if part not in theirs:
                 raise ValueError(f"{folder}: {part} is missing")
             if theirs[part].shape != (n, *p.shape[1:]):
@@ -196,39 +192,14 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
     for name in sorted(theirs.keys() - expected):
         if not name.endswith("rotary_emb.inv_freq"):  # old files have this table, which follows from config.json
             raise ValueError(f"{folder}: {name} is a tensor that config.json's architecture does not have")
-    if config.tie_embeddings and not torch.equal(theirs[parts["head.weight"][0]], theirs["model.embed_tokens.weight"]):
+    state = {name: torch.cat([theirs[part].to(dtype) for part in names]) for name, names in parts.items()}
+    if config.tie_embeddings and not torch.equal(state["head.weight"], state["embed.weight"]):
         raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them")
-    state = {}
-    for name, p in model.state_dict().items():
-        state[name] = torch.empty(p.shape, dtype=dtype)
-        torch.cat([theirs[part].to(dtype) for part in parts[name]], out=state[name])
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     model.cos, model.sin = rope_tables(config)
     return model
-
-
-def byte_symbols():
-    """{character: byte}: byte-level BPE files write each byte as a printable character (GPT-2's encoder)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted({*range(256)} - {*printable})
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def split_pattern(steps):
-    """The one regular expression that splits as a tokenizer.json's pre_tokenizer does, or None if it is unknown."""
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step["type"] for step in steps]
-    if kinds[-1:] != ["ByteLevel"] or steps[-1]["add_prefix_space"]:
-        return None
-    first, splits = steps[0], steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and splits:
-        return GPT2
-    if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] and splits:
-        return SMOLLM
-    if kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated" and not first["invert"] and not splits:
-        return first["pattern"].get("Regex")
 
 
 def byte_ranks(path, vocab, merges, whole):
@@ -237,15 +208,14 @@ def byte_ranks(path, vocab, merges, whole):
     tiktoken merges what gives the smallest id. That is the same if ids grow along the merges. whole: words that are
     in the vocabulary are taken whole (ignore_merges). ValueError if the two could differ.
     """
-    symbols = byte_symbols()
     made = ["".join(pair) for pair in merges]
     ids = [vocab.get(token) for token in made]
+    if not {*"".join(made)} <= SYMBOLS.keys():
+        raise ValueError(f"{path} {UNKNOWN}")
     if None in ids or ids != sorted(ids):
         raise ValueError(f"{path}: the ids of the vocabulary do not follow the order of the merges")
-    if any(c not in symbols for token in made for c in token):
-        raise ValueError(f"{path} is not a byte-level BPE; SentencePiece tokenizers are not supported")
-    tokens = {*symbols, *made} | ({token for token in vocab if {*token} <= symbols.keys()} if whole else set())
-    return {bytes(symbols[c] for c in token): vocab[token] for token in tokens if token in vocab}
+    tokens = {*SYMBOLS, *made} | ({token for token in vocab if {*token} <= SYMBOLS.keys()} if whole else set())
+    return {bytes(SYMBOLS[c] for c in token): vocab[token] for token in tokens if token in vocab}
 
 
 def load_tokenizer(folder):
@@ -255,40 +225,37 @@ def load_tokenizer(folder):
     Ids equal those of Hugging Face tokenizers. ValueError for SentencePiece and for what is not supported.
     """
     folder = pathlib.Path(folder)
-    vocab_size = read_config(folder).vocab_size
-    added, normalize = {}, str
-    nfc = lambda text: unicodedata.normalize("NFC", text)
+    vocab_size, qwen = read_config(folder).vocab_size, "Qwen" in read_json(folder / "config.json")["architectures"][0]
+    pattern, nfc = (QWEN, True) if qwen else (SMOLLM, False)
     if (path := folder / "tokenizer.json").exists():
-        t = read_json(path)
-        try:
-            if t["model"]["type"] != "BPE" or t["model"].get("byte_fallback"):
-                raise ValueError(f"{path} is not a byte-level BPE; SentencePiece tokenizers are not supported")
-            if (t["normalizer"] or {"type": None})["type"] not in (None, "NFC"):
-                raise ValueError(f"{path}: the normalizer {t['normalizer']['type']} is not supported")
-            pattern = split_pattern(t["pre_tokenizer"] or {"type": None})
-            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in t["model"]["merges"]]
-            ranks = byte_ranks(path, t["model"]["vocab"], merges, t["model"].get("ignore_merges"))
-            added = {token["content"]: (token["id"], token["special"]) for token in t["added_tokens"]}
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is not a tokenizer.json that is understood ({type(error).__name__}: {error})") from None
-        if pattern is None:
-            raise ValueError(f"{path}: the pre_tokenizer is not supported; known are those of GPT-2, LLaMA 3, Qwen and SmolLM2")
-        if t["normalizer"]:
-            normalize = nfc
+        match read_json(path):
+            case {"model": {"type": "BPE", "vocab": {**vocab}, "merges": [*merges], **model}, "added_tokens": [*listed],
+                  "normalizer": (None | {"type": "NFC"}) as normalizer, "pre_tokenizer": {"pretokenizers": [
+                      {"type": "Split" | "Digits"} as first, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": again}]}}:
+                nfc = normalizer is not None
+            case _:
+                raise ValueError(f"{path} {UNKNOWN}")
+        match first, again:
+            case {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, False:
+                pass
+            case {"individual_digits": True}, True:
+                pattern = SMOLLM
+            case _:
+                raise ValueError(f"{path}: text is split in a way that is not supported ({first['type']}, then ByteLevel)")
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        ranks = byte_ranks(path, vocab, merges, model.get("ignore_merges"))
+        added = {token["content"]: (token["id"], token["special"]) for token in listed}
     elif (path := folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line]
-        ranks = byte_ranks(path, read_json(path), merges, False)
-        qwen = read_json(folder / "config.json")["architectures"][0].startswith("Qwen")
-        pattern, normalize = (QWEN, nfc) if qwen else (SMOLLM, str)
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        added = {token["content"]: (int(i), token.get("special", True)) for i, token in decoder.items()}
+        ranks = byte_ranks(path, read_json(path), [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line], False)
+        listed = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        added = {token["content"]: (int(i), token["special"]) for i, token in listed.items()}
     elif (path := folder / "tokenizer.model").exists():
         try:
             pairs = [line.split() for line in path.read_bytes().splitlines() if line]
             ranks, pattern = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}, LLAMA3
         except ValueError:
-            raise ValueError(f"{path} is not a file of ranks; SentencePiece tokenizers are not supported") from None
+            raise ValueError(f"{path} {UNKNOWN}") from None
         added = {token: (len(ranks) + i, True) for token, i in LLAMA3_SPECIAL.items()}
     else:
         raise ValueError(f"{folder} has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model")
@@ -299,4 +266,5 @@ def load_tokenizer(folder):
     for byte in range(256):  # bytes that the vocabulary lacks are left out of the text, as in Hugging Face tokenizers
         ranks.setdefault(bytes([byte]), vocab_size + byte)
     return Tokenizer(name, ranks, pattern, {token: i for token, (i, _) in added.items()}, LAYOUTS[name],
-                     [token for token, (_, special) in added.items() if not special], normalize, vocab_size)
+                     [token for token, (_, special) in added.items() if not special],
+                     (lambda text: unicodedata.normalize("NFC", text)) if nfc else str, vocab_size)

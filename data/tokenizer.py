@@ -39,6 +39,7 @@ class Tokenizer:
     """
 
     def __init__(self, name="nanoism", ranks=None, pattern=PATTERN, special=None, layout=LAYOUT, spoken=(), normalize=str, vocab_size=0):
+        foreign = [pattern, special] if ranks else []  # what, beside the ranks, tells two of these apart
         if ranks is None:
             ranks, pattern, others = load_named(name)
             n = max([*ranks.values(), *others.values()]) + 1
@@ -55,7 +56,7 @@ class Tokenizer:
         sayable = {*ranks.values(), self.end, *(special[token] for token in self.spoken)}
         self.unsayable = sorted({*range(self.vocab_size)} - sayable)  # never to be sampled
         self.name = name
-        self.identity = f"{name} {zlib.crc32(repr(sorted(ranks.items())).encode()):08x}"
+        self.identity = f"{name} {zlib.crc32(repr([*sorted(ranks.items()), *foreign]).encode()):08x}"
 
     def encode(self, text):
         """Text -> its token ids, a list; the spelling of a special token is text, unless it is among the spoken ones."""
