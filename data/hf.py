@@ -231,7 +231,7 @@ def load_tokenizer(folder):
         match read_json(path):
             case {"model": {"type": "BPE", "vocab": {**vocab}, "merges": [*merges], **model}, "added_tokens": [*listed],
                   "normalizer": (None | {"type": "NFC"}) as normalizer, "pre_tokenizer": {"pretokenizers": [
-                      {"type": "Split" | "Digits"} as first, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": again}]}}:
+                      {"type": "Split" | "Digits"} as first, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": again}]}} if not model.get("byte_fallback"):
                 nfc = normalizer is not None
             case _:
                 raise ValueError(f"{path} {UNKNOWN}")
@@ -263,7 +263,7 @@ def load_tokenizer(folder):
     if name is None:
         raise ValueError(f"{path} has no special token of a known chat format ({', '.join(LAYOUTS)})")
     vocab_size = max(vocab_size, *(i + 1 for i in ranks.values()), *(i + 1 for i, _ in added.values()))
-    for byte in range(256):  # bytes that the vocabulary lacks are left out of the text, as in Hugging Face tokenizers
+    for byte in range(256):  # bytes that the vocabulary lacks are left out, as in Hugging Face tokenizers
         ranks.setdefault(bytes([byte]), vocab_size + byte)
     return Tokenizer(name, ranks, pattern, {token: i for token, (i, _) in added.items()}, LAYOUTS[name],
                      [token for token, (_, special) in added.items() if not special],
