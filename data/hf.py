@@ -75,11 +75,12 @@ def read_config(folder, block_size=0):
     """The GPTConfig of a folder's config.json, its context cut to block_size unless that is 0. ValueError for what GPT has not."""
     path = pathlib.Path(folder) / "config.json"
     c = read_json(path)
-    name = (c.get("architectures") or [None])[0]
+    name = str(c.get("architectures")).strip("[']")
     if name not in ARCHITECTURES:
         raise ValueError(f"{path}: the architecture {name} is not known; known are {', '.join(ARCHITECTURES)}")
-    if set(c.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise ValueError(f"{path}: layer_types other than full_attention are not supported")
+    for option in ("rope_parameters", "rope_scaling"):
+        if not isinstance(c.get(option) or {}, dict):
+            raise ValueError(f"{path}: {option} must be an object, not {c[option]}")
 
     def number(options, key, default=None, kind=int):
         value = default if options.get(key) is None else options[key]
@@ -98,6 +99,8 @@ def read_config(folder, block_size=0):
     elif kind != "default":
         raise ValueError(f"{path}: rope scaling of type {kind} is not supported, only llama3")
     n_embd, n_head, longest = number(c, "hidden_size"), number(c, "num_attention_heads"), number(c, "max_position_embeddings")
+    if c.get("layer_types") not in (None, ["full_attention"] * number(c, "num_hidden_layers")):
+        raise ValueError(f"{path}: layer_types other than full_attention are not supported")
     if block_size > longest:
         raise ValueError(f"{path}: the context is {longest} tokens, {block_size} are asked for")
     return GPTConfig(
@@ -225,13 +228,14 @@ def load_tokenizer(folder):
     Ids equal those of Hugging Face tokenizers. ValueError for SentencePiece and for what is not supported.
     """
     folder = pathlib.Path(folder)
-    vocab_size, qwen = read_config(folder).vocab_size, "Qwen" in read_json(folder / "config.json")["architectures"][0]
+    vocab_size, qwen = read_config(folder).vocab_size, "Qwen" in str(read_json(folder / "config.json")["architectures"])
     pattern, nfc = (QWEN, True) if qwen else (SMOLLM, False)
     if (path := folder / "tokenizer.json").exists():
         match read_json(path):
             case {"model": {"type": "BPE", "vocab": {**vocab}, "merges": [*merges], **model}, "added_tokens": [*listed],
                   "normalizer": (None | {"type": "NFC"}) as normalizer, "pre_tokenizer": {"pretokenizers": [
-                      {"type": "Split" | "Digits"} as first, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": again}]}} if not model.get("byte_fallback"):
+                      {"type": "Split" | "Digits"} as first, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": again}]},
+                  } if not model.get("byte_fallback"):
                 nfc = normalizer is not None
             case _:
                 raise ValueError(f"{path} {UNKNOWN}")
@@ -244,6 +248,8 @@ def load_tokenizer(folder):
                 raise ValueError(f"{path}: text is split in a way that is not supported ({first['type']}, then ByteLevel)")
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
         ranks = byte_ranks(path, vocab, merges, model.get("ignore_merges"))
+        if not all(isinstance(token, dict) and {"content", "id", "special"} <= token.keys() for token in listed):
+            raise ValueError(f"{path}: an entry of added_tokens is damaged")
         added = {token["content"]: (token["id"], token["special"]) for token in listed}
     elif (path := folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")

@@ -165,6 +165,8 @@ ERRORS = {  # what is wrong: (checkpoint, damage, the message)
     "old rope": ("one", config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "type linear"),
     "part of rope": ("one", config(rope_parameters={"rope_type": "llama3", "factor": 2.0}), "low_freq_factor must be"),
     "part rotated": ("one", config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+    "no rope": ("one", config(rope_parameters=5), "rope_parameters must be an object"),
+    "no list": ("one", config(architectures=5), "architecture 5 is not known"),
     "no size": ("one", config(hidden_size=None), "hidden_size must be a positive number, not None"),
     "no number": ("one", config(num_hidden_layers="two"), "num_hidden_layers must be"),
     "heads": ("one", config(num_key_value_heads=3), "n_kv_head"),
@@ -347,6 +349,7 @@ TOKENIZER_ERRORS = {
     "prefix space": (edit(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "is not a byte-level BPE"),
     "order": (edit(lambda t: t["model"]["merges"].reverse()), "do not follow the order of the merges"),
     "other split": (edit(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")), "split in a way that is not"),
+    "added": (edit(lambda t: t["added_tokens"][0].pop("id")), "added_tokens is damaged"),
     "no chat": (edit(lambda t: t.update(added_tokens=[])), "special token of a known chat format"),
     "damaged": (edit(lambda t: t.pop("model")), "is not a byte-level BPE"),
 }
