@@ -3,8 +3,8 @@ A decoder-only transformer with a pluggable attention mask and a KV cache, in on
 
 Notable features:
 - the mask is a vector f (see mask.py): row j may attend to the first f[j] tokens; None is causal
-- RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, tied embeddings, token shift:
-  the same class is a GPT, LLaMA-like or Qwen-like by its config alone
+- RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, q and k norms, tied embeddings,
+  token shift: the same class is a GPT, a LLaMA or a Qwen by its config alone (data/hf.py loads their weights)
 - one attention function; every path but the one for short rows on the CPU is F.scaled_dot_product_attention
 - nothing here knows about text or dialogues
 """
@@ -24,23 +24,23 @@ class GPTConfig:
     n_kv_head: int = 4  # fewer than n_head is grouped-query attention
     n_embd: int = 128
     n_hidden: int = 384  # width of the SwiGLU
+    head_size: int = 0  # 0 is n_embd / n_head
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # LLaMA 3.1: (factor, low frequency factor, high frequency factor, original context)
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on each query and key head before the rotation, as in Qwen3
     tie_embeddings: bool = True
     # Before attention, add to each position a learned share of the three before it. To find "the word after the name"
     # a layer must know what stands before each word; this tells it. Off in LLaMA and Qwen shapes.
     token_shift: bool = False
 
     def __post_init__(self):
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+        known, self.head_size = self.head_size, self.head_size or self.n_embd // self.n_head
+        if (self.n_embd % self.n_head and not known) or self.head_size % 2:
             raise ValueError(f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) times an even head size")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
-
-    @property
-    def head_size(self):
-        return self.n_embd // self.n_head
 
 
 class Cache:
@@ -91,6 +91,23 @@ def attention(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
+def rope_tables(config):
+    """The rotation of each position: cos and signed sin, each (block_size, 1, D) float32.
+
+    With rope_scaling wavelengths of many turns in the original context stay, those of few turns grow by the
+    factor, and those between are blended (LLaMA 3.1's model card and reference code).
+    """
+    D = config.head_size
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2) / D)  # (D / 2,)
+    if config.rope_scaling:
+        factor, low, high, original = config.rope_scaling
+        keep = ((original * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)  # (D / 2,)
+        frequency = frequency * (keep + (1 - keep) / factor)
+    angles = torch.arange(config.block_size)[:, None] * frequency
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (block_size, 1, D / 2)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -98,6 +115,8 @@ class Attention(nn.Module):
         H, Hkv, D = self.sizes
         self.qkv = nn.Linear(config.n_embd, (H + 2 * Hkv) * D, bias=config.qkv_bias)
         self.out = nn.Linear(H * D, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
         # Random shares keep the positions apart: equal ones of 0.3 left the loss at 0.92 after 600 steps, these at 0.73.
         self.shares = nn.Parameter(0.5 * torch.randn(3, config.n_embd)) if config.token_shift else None
 
@@ -113,6 +132,9 @@ class Attention(nn.Module):
                 x = torch.addcmul(x, past[:, 2 - i : 2 - i + n], share)
         qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
         qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
+        if self.q_norm is not None:
+            q, k = qk.split((H, Hkv), 2)  # (B, n, H, D), (B, n, Hkv, D)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)  # (B, n, H + Hkv, D)
         cos, sin = (table.to(qk.dtype) for table in rope)  # (n, 1, D)
         qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)  # rotates queries and keys in one go
         q, k = qk.transpose(1, 2).split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)
@@ -168,11 +190,9 @@ class GPT(nn.Module):
             elif p.dim() > 1 and not name.endswith("shares"):  # what writes to the residual stream starts smaller, by the depth
                 writes = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=(p.shape[1] * (2 * config.n_layer if writes else 1)) ** -0.5)
-        D = config.head_size
-        angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(0, D, 2) / D)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (block_size, 1, D / 2)
-        self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)  # (block_size, 1, D)
-        self.register_buffer("sin", torch.cat([-sin, sin], -1), persistent=False)  # (block_size, 1, D)
+        cos, sin = rope_tables(config)  # (block_size, 1, D)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

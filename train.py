@@ -244,7 +244,7 @@ def train(s):
     step = 0
     if s.resume:
         state = load_checkpoint(out / "ckpt.pt")
-        if state["config"] != asdict(config):
+        if GPTConfig(**state["config"]) != config:
             raise ValueError(f"{out / 'ckpt.pt'} has another model config; --resume needs the same settings")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

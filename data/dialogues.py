@@ -128,7 +128,7 @@ def recollection(rng, words):
             told += new
             parts = [rng.choice(fact[1]) for fact in new]
             text = " and ".join(parts) if rng.random() < 0.5 else ". ".join(p[0].upper() + p[1:] for p in parts)
-            greeting = rng.choice(("Hello. ", "Hi, ", "", "")) if turn == 0 else ""
+            greeting = rng.choice(("Hello. ", "Hello! ", "Hi! ", "Hi, ", "", "", "")) if turn == 0 else ""
             text = greeting + (text if greeting.endswith(", ") else text[0].upper() + text[1:]) + "."
             yield text, "Nice to meet you." if len(new) > 2 else "Noted. " + " ".join(fact[2] for fact in new)
         elif turn < turns - 1 and kind < 0.45:

@@ -4,6 +4,9 @@ Text to token ids and back: a tiktoken Encoding, four special tokens, and the la
     query  = (<|system|> text <|end|>)? <|user|> text <|end|> <|assistant|>      odd segment, given to the model
     answer = text <|end|>                                                        even segment, written by it
 
+Other layouts differ in their strings alone: a query may be opened by tokens that begin the dialogue, or that stand
+between an answer's <|end|> and the next header (data/hf.py has those of LLaMA 3 and ChatML).
+
 The default encoding is built from `data/ranks.tiktoken`, which `python -m data.tokenizer` makes from the
 text of the synthetic dialogues: 256 bytes and the most frequent merges. Nothing is downloaded.
 """
@@ -20,8 +23,9 @@ RANKS = pathlib.Path(__file__).parent / "ranks.tiktoken"
 N_RANKS = 1276  # with the four special tokens 1,280
 # One token a digit. Runs are bounded, so that no text takes more than linear time to encode.
 PATTERN = r" ?\p{N}| ?\p{L}{1,24}| ?[^\s\p{L}\p{N}]{1,8}|\s{1,8}"
-HEADERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-END = "<|end|>"
+ROLES = ("system", "user", "assistant")
+# What begins a dialogue, what opens a message, what ends it, and what stands between its end and the next header.
+LAYOUT = {"begin": "", "header": "<|{role}|>", "end": "<|end|>", "after": ""}
 
 
 class Tokenizer:
@@ -29,57 +33,67 @@ class Tokenizer:
 
     name: "nanoism", the committed ranks, or the name of a tiktoken encoding, e.g. "gpt2", which tiktoken
     downloads. ValueError where that is unknown or cannot be had.
+    With `ranks` the encoding is given instead of looked up: pattern and special tokens as tiktoken takes them, the
+    special tokens that a text may contain (`spoken`), a function to apply to each text first, and the vocabulary's size
+    if the model has rows beyond its tokens. Ranks at or beyond vocab_size are left out of what is encoded.
     """
 
-    def __init__(self, name="nanoism"):
-        if name == "nanoism":
-            ranks, pattern, others = load_ranks(), PATTERN, {}
-        else:
-            try:
-                base = tiktoken.get_encoding(name)
-            except Exception as error:  # unknown names and failed downloads come as many types
-                raise ValueError(f"tokenizer '{name}' cannot be loaded ({type(error).__name__}); 'nanoism' needs no "
-                                 f"download, others are {', '.join(tiktoken.list_encoding_names())}") from None
-            ranks, pattern, others = base._mergeable_ranks, base._pat_str, base._special_tokens
-        n = max([*ranks.values(), *others.values()]) + 1
-        special = {token: n + i for i, token in enumerate([*HEADERS.values(), END])}
-        self.encoding = tiktoken.Encoding(f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens={**others, **special})
-        self.headers = {role: special[token] for role, token in HEADERS.items()}
-        self.end = special[END]
-        self.vocab_size = n + len(special)
-        self.unsayable = sorted({*range(self.vocab_size)} - {*ranks.values(), self.end})  # never to be sampled
+    def __init__(self, name="nanoism", ranks=None, pattern=PATTERN, special=None, layout=LAYOUT, spoken=(), normalize=str, vocab_size=0):
+        foreign = [pattern, special] if ranks else []  # what, beside the ranks, tells two of these apart
+        if ranks is None:
+            ranks, pattern, others = load_named(name)
+            n = max([*ranks.values(), *others.values()]) + 1
+            added = [layout["header"].format(role=role) for role in ROLES] + [layout["end"]]
+            special = {**others, **{token: n + i for i, token in enumerate(added)}}
+        self.encoding = tiktoken.Encoding(f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.normalize, self.spoken = normalize, set(spoken)
+        self.vocab_size = vocab_size or max([*ranks.values(), *special.values()]) + 1
+        fixed = lambda text: self.encoding.encode(text, allowed_special="all")
+        self.openings = {role: fixed(layout["header"].format(role=role)) for role in ROLES}
+        self.headers = {role: opening[0] for role, opening in self.openings.items()}  # the special tokens of the roles
+        self.begin, self.after = fixed(layout["begin"]), fixed(layout["after"])
+        self.end = self.encoding.encode_single_token(layout["end"])
+        sayable = {*ranks.values(), self.end, *(special[token] for token in self.spoken)}
+        self.unsayable = sorted({*range(self.vocab_size)} - sayable)  # never to be sampled
         self.longest = max(map(len, ranks))  # bytes of the longest token
-        self.identity = f"{name} {zlib.crc32(repr(sorted(ranks.items())).encode()):08x}"
+        self.identity = f"{name} {zlib.crc32(repr([*sorted(ranks.items()), *foreign]).encode()):08x}"
+
+    def encode(self, text):
+        """Text -> its token ids, a list; the spelling of a special token is text, unless it is among the spoken ones."""
+        tokens = self.encoding.encode(self.normalize(text), allowed_special=self.spoken, disallowed_special=())
+        return [token for token in tokens if token < self.vocab_size]
 
     def encode_given(self, messages):
-        """A run of given messages -> the tokens of the query segment, which ends with the answer's header."""
+        """A run of given messages -> the tokens of the query segment, which ends with the answer's header.
+
+        In a dialogue `begin` stands before the first query, and `after` before each query behind an answer.
+        """
         tokens = []
         for message in messages:
-            tokens += [self.headers[message["role"]], *self.encoding.encode_ordinary(message["content"]), self.end]
-        return tokens + [self.headers["assistant"]]
+            tokens += [*self.openings[message["role"]], *self.encode(message["content"]), self.end, *self.after]
+        return tokens + self.openings["assistant"]
 
     def encode_answer(self, text):
         """An answer's text -> the tokens of the answer segment, which ends with <|end|>."""
-        return self.encoding.encode_ordinary(text) + [self.end]
+        return self.encode(text) + [self.end]
 
     def encode_dialogue(self, messages):
         """[{"role": ..., "content": ...}, ...] -> (tokens, segments), two lists of integers of one length.
 
         Just what a chat over these messages holds in its cache. Neighbouring given messages are one query.
         """
-        tokens, segments, given, segment = [], [], [], 1
+        tokens, segments, given, segment, opening = [], [], [], 1, self.begin
         for message in messages:
             if message["role"] != "assistant":
                 given.append(message)
                 continue
-            for part in (self.encode_given(given), self.encode_answer(message["content"])):
+            for part in (opening + self.encode_given(given), self.encode_answer(message["content"])):
                 tokens += part
                 segments += [segment] * len(part)
                 segment += 1
-            given = []
+            given, opening = [], self.after
         if given:  # cut off in a query
-            part = self.encode_given(given)
+            part = opening + self.encode_given(given)
             tokens += part
             segments += [segment] * len(part)
         return tokens, segments
@@ -91,6 +105,18 @@ class Tokenizer:
     def decode(self, tokens):
         """Token ids -> text; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode(tokens, errors="replace")
+
+
+def load_named(name):
+    """(ranks, pattern, special tokens) of "nanoism" or of a tiktoken encoding. ValueError if it cannot be had."""
+    if name == "nanoism":
+        return load_ranks(), PATTERN, {}
+    try:
+        base = tiktoken.get_encoding(name)
+    except Exception as error:  # unknown names and failed downloads come as many types
+        raise ValueError(f"tokenizer '{name}' cannot be loaded ({type(error).__name__}); 'nanoism' needs no "
+                         f"download, others are {', '.join(tiktoken.list_encoding_names())}") from None
+    return base._mergeable_ranks, base._pat_str, base._special_tokens
 
 
 @functools.cache
