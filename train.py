@@ -232,6 +232,9 @@ def train(s):
     config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=s.block_size, n_layer=s.n_layer, n_head=s.n_head,
                        n_kv_head=s.n_kv_head or s.n_head, n_embd=s.n_embd, n_hidden=2 * s.n_embd, qkv_bias=s.qkv_bias,
                        tie_embeddings=s.tie_embeddings, token_shift=s.token_shift)
+    state = load_checkpoint(out / "ckpt.pt") if s.resume else None
+    if state and GPTConfig(**state["config"]) != config:
+        raise ValueError(f"{out / 'ckpt.pt'} has another model config; --resume needs the same settings")
     folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed)
     split = Split(folder, "train")
     rows = split.rows(mask)
@@ -242,10 +245,7 @@ def train(s):
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                   lr=s.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
     step = 0
-    if s.resume:
-        state = load_checkpoint(out / "ckpt.pt")
-        if GPTConfig(**state["config"]) != config:
-            raise ValueError(f"{out / 'ckpt.pt'} has another model config; --resume needs the same settings")
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
