@@ -223,9 +223,9 @@ def needs_new_word(split, answers, tokenizer):
 def train(s):
     """Train by the settings; returns the metrics. ValueError for settings that cannot be."""
     began = time.time()
+    tune_cpu()
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
-    tune_cpu()
     mask, tokenizer = MASKS[s.mask], Tokenizer(s.tokenizer)
     out = pathlib.Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
