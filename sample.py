@@ -267,7 +267,10 @@ def main():
                          seed=a.seed, max_new_tokens=a.max_new_tokens, notify=print)
         if a.history:
             with open(a.history, encoding="utf-8") as file:
-                saved = json.load(file)
+                try:
+                    saved = json.load(file)
+                except ValueError:
+                    raise ValueError(f"{a.history} is not JSON; expected a file that /save wrote") from None
             chat.load(saved.get("messages") if isinstance(saved, dict) else saved)
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")

@@ -29,14 +29,14 @@ VOWELS = "a e i o u".split()
 CODAS = ["", "", "", "l", "m", "n", "r", "s"]
 JOBS = "baker banker barber builder chef clerk cook dancer dentist doctor driver farmer judge lawyer miner nurse painter pilot poet sailor singer tailor teacher writer".split()
 FOODS = "apples beans bread butter cake carrots cheese corn dates eggs figs fish grapes honey jam lemons melons nuts olives onions pasta peas pizza plums rice salad soup tea toast".split()
-PETS = "cat cow crab dog dove duck fox frog goat hamster hen horse mouse owl parrot pig rabbit rat sheep snake turtle wolf".split()
+PETS = "cat cow crab dog dove duck fox frog goat hamster hen horse mouse bear parrot pig rabbit rat sheep snake turtle wolf".split()
 COLORS = "black blue brown gold gray green orange pink purple red silver white yellow".split()
 THINGS = "bag ball book coat cup hat key lamp map pen phone ring spoon ticket watch".split()
 ROOMS = "attic bath box car cellar desk drawer garage garden hall kitchen office tent".split()
 RELATIVES = "aunt boss brother cousin daughter father friend mother neighbor sister son uncle".split()
 LETTERS = "a b c d e f g h k m n p r s t u v w x y z".split()
 SMALL_TALK = [
-    ("Hello!", "Hello! How can I help?"), ("Hi there.", "Hello! How can I help?"),
+    ("Hello!", "Hello! How can I help?"), ("Hi!", "Hello! How can I help?"), ("Hi there.", "Hello! How can I help?"),
     ("Good morning.", "Good morning! How can I help?"), ("How are you?", "I am fine, thank you."),
     ("Thanks.", "You are welcome."), ("Thank you very much.", "You are welcome."),
     ("What color is the sky?", "The sky is blue."), ("What color is grass?", "Grass is green."),
@@ -314,7 +314,9 @@ def generate(split, n, seed=0, families=tuple(FAMILIES)):
     while n > 0:
         family, = rng.choices(families, [SHARES[name] for name in families])
         messages = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.1 else []
+        casual = family in PATTERNS and rng.random() < 0.2  # as people type: no capital, no full stop
         for query, answer in FAMILIES[family](rng, Words(rng, new=split == "new_words")):
+            query = query[0].lower() + query[1:].rstrip(".?!") if casual else query
             messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
         if split == "new_words" or split_of(messages) == split:
             n -= 1
