@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from data.loader import GIVEN
+from data.loader import well_formed
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw, reusable
 from model import GPT, Cache, GPTConfig
@@ -68,11 +68,7 @@ class Chat:
 
     def load(self, messages):
         """Go on from a conversation, a list of messages that ends with an answer, maybe after a system prompt."""
-        try:
-            wrong = any(m["role"] not in (*GIVEN, "assistant") or not isinstance(m["content"], str) for m in messages)
-        except (TypeError, KeyError):
-            wrong = True
-        if wrong or not messages or messages[-1]["role"] != "assistant":
+        if not well_formed(messages) or messages[-1]["role"] != "assistant":
             raise ValueError("a history is a list of system, user and assistant messages that ends with the assistant's")
         if messages[0]["role"] == "system":
             self.messages, messages = messages[:1], messages[1:]

@@ -16,10 +16,16 @@ import torch
 from tqdm import tqdm
 
 from data import dialogues
+from data.tokenizer import ROLES
 from mask import one_pass
 
 CACHE = pathlib.Path(__file__).parent / "cache"
-GIVEN = ("system", "user")
+
+
+def well_formed(messages):
+    """True for a list of one message or more, each {"role": system, user or assistant, "content": str}."""
+    return isinstance(messages, list) and len(messages) > 0 and all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages)
 
 
 def read_chats(path):
@@ -33,10 +39,9 @@ def read_chats(path):
                 continue
             try:
                 messages = json.loads(line)["messages"]
-                wrong = [m for m in messages if m["role"] not in (*GIVEN, "assistant") or not isinstance(m["content"], str)]
             except (ValueError, KeyError, TypeError):
-                wrong = [line]
-            if wrong or not messages:
+                messages = None
+            if not well_formed(messages):
                 raise ValueError(f'{path}, line {number}: expected {{"messages": [{{"role": "system", "user" or "assistant", '
                                  f'"content": "text"}}, ...]}}, got {line.strip()[:80]}')
             yield messages
