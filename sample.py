@@ -16,7 +16,7 @@ import torch
 from data.loader import well_formed
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw, reusable
-from model import GPT, Cache, GPTConfig
+from model import GPT, Cache, Decoder, GPTConfig
 from train import Parser, load_checkpoint, pick_device, pick_dtype
 
 
@@ -24,7 +24,7 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """logits (V,) -> a token id: the likeliest if temperature is 0, else drawn from the top_k and the nucleus top_p."""
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
+    logits = logits.cpu() / temperature  # drawn on the CPU, so that a seed gives the same text on each device
     if top_k:
         logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
     probs, order = logits.softmax(-1).sort(descending=True)
@@ -52,7 +52,9 @@ class Chat:
         self.device, self.size = weight.device, model.config.block_size
         self.generator = torch.Generator().manual_seed(seed)
         self.cache = Cache(model.config, device=weight.device, dtype=weight.dtype)
-        self.silent = torch.tensor(tokenizer.unsayable)
+        fused = weight.is_cuda and weight.dtype != torch.float32 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        self.decoder = Decoder(model, self.cache) if fused else None
+        self.silent = torch.tensor(tokenizer.unsayable, device=self.device)
         self.stop = False  # set it from a signal handler or another thread to end the answer
         self.messages = [{"role": "system", "content": system}] if system else []
         self.system = tokenizer.encode_given(self.messages)[:-1]  # without the answer's header
@@ -168,11 +170,13 @@ class Chat:
         return self.feed(*tokens[keep:])
 
     def feed(self, *tokens):
-        """Tokens go behind the cache: the logits (V,) that follow them, float32 on the CPU."""
+        """Tokens go behind the cache: the logits (V,) that follow them, float32."""
         start = self.cache.length
+        if self.decoder and len(tokens) == 1 and self.f[0, start] > start:
+            return self.decoder(tokens[0]).float()
         f = self.f[:, start : start + len(tokens)]
         at = torch.tensor([len(tokens) - 1], device=self.device)
-        return self.model(torch.tensor([tokens], device=self.device), f, self.cache, at)[0].float().cpu()
+        return self.model(torch.tensor([tokens], device=self.device), f, self.cache, at)[0].float()
 
 
 def load_chat(path, device="auto", dtype="auto", **settings):

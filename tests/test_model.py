@@ -1,12 +1,15 @@
 """The model: equal to a naive reference, no leak, and a cache that changes nothing."""
+import itertools
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mask import MASKS, causal, dense, ism, loss_positions, prefix, reusable
-from model import GPT, Cache, GPTConfig, attention, visible
+from model import FLEX_FROM, GPT, Cache, Decoder, GPTConfig, attention, blocks, visible
 
 VARIANTS = {
     "gpt": dict(n_kv_head=4),
@@ -219,29 +222,101 @@ def test_errors():
         GPTConfig(n_head=4, n_kv_head=3)
 
 
+def test_blocks_are_those_of_the_dense_mask():
+    """Which blocks of FlexAttention's are full, looked into or left out, against the mask itself; and its result."""
+    rng = random.Random(0)
+    for _ in range(60):
+        n, size, S = rng.randint(1, 60), rng.choice((8, 16)), 0
+        S = n + rng.randint(0, 30)
+        f = torch.tensor([[rng.randint(1, S) for _ in range(n)] for _ in range(2)])
+        seen = torch.arange(S) < f[..., None]  # (B, n, S)
+        found = blocks(f, S, size)
+        for b, r in itertools.product(range(2), range(-(-n // size))):
+            part = [seen[b, r * size : (r + 1) * size, c * size : (c + 1) * size] for c in range(-(-S // size))]
+            full = set(found.full_kv_indices[b, 0, r, : found.full_kv_num_blocks[b, 0, r]].tolist())
+            some = set(found.kv_indices[b, 0, r, : found.kv_num_blocks[b, 0, r]].tolist())
+            assert not full & some
+            # A last column of blocks that is cut off by S may be called "some" though all of it is seen.
+            assert {c for c, x in enumerate(part) if x.any()} == full | some
+            assert full <= {c for c, x in enumerate(part) if x.all()} <= full | {len(part) - 1}
+        q, k, v = torch.randn(2, 2, n, 16), torch.randn(2, 2, S, 16), torch.randn(2, 2, S, 16)
+        expected = F.scaled_dot_product_attention(q, k, v, seen[:, None])
+        assert torch.allclose(flex_attention(q, k, v, block_mask=found), expected, atol=1e-5)
+
+
+def exact_attention(q, k, v, f):
+    """In float64, without a library: (B, H, n, D)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~dense(f)[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1e-2), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("Hkv", [8, 2])
-def test_cuda_attention_is_fused_and_right(dtype, tolerance, name, Hkv):
+@pytest.mark.parametrize("T", [320, 1200])  # by SDPA and by FlexAttention
+def test_cuda_attention_is_fused_and_right(dtype, tolerance, name, Hkv, T):
     """Forward and backward with only the fused kernels allowed, against float64 on the same rounded inputs."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
-    T, H, D = 320, 8, 64
-    segments = (torch.arange(T) // 23 + 1)[None].expand(2, T)
-    f = MASKS[name](segments)
-    mask = visible(f, T, T)
-    mask = mask.cuda() if isinstance(mask, torch.Tensor) else mask
+    H, D = 8, 64
+    f = MASKS[name]((torch.arange(T) // 23 + 1)[None].expand(2, T))
+    mask = visible(f, T, T, "cuda")
+    assert isinstance(mask, BlockMask) == (name != "causal" and T >= FLEX_FROM)
     q, k, v = (torch.randn(2, h, T, D, device="cuda", dtype=dtype, requires_grad=True) for h in (H, Hkv, Hkv))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
         out = attention(q, k, v, mask)
         seed = torch.randn_like(out)
         grads = torch.autograd.grad(out, (q, k, v), seed)
     Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
-    KK, VV = (x.repeat_interleave(H // Hkv, 1) for x in (K, V))
-    scores = (Q @ KK.mT / D**0.5).masked_fill(~dense(f).cuda()[:, None], -torch.inf)
-    expected = scores.softmax(-1) @ VV
+    expected = exact_attention(Q, K, V, f.cuda())
     for got, want in zip((out, *grads), (expected, *torch.autograd.grad(expected, (Q, K, V), seed.double()))):
         assert (got.double() - want).norm() / want.norm() < tolerance
+
+
+@pytest.mark.cuda
+def test_cuda_long_rows_need_no_square_of_their_length():
+    """32,768 tokens, one row, forward and backward: a mask of T x T alone would be 1 GiB."""
+    T = 32768
+    f = ism((torch.arange(T) // 300 + 1)[None])
+    q, k, v = (torch.randn(1, 4, T, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attention(q, k, v, visible(f, T, T, "cuda"))
+    out.backward(torch.randn_like(out))
+    assert torch.cuda.max_memory_allocated() - before < 16 * q.nbytes < T * T
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cuda_decoder_is_the_full_forward(variant):
+    """A dialogue whose answers are decoded by graph replays gives the logits of one forward over all of it."""
+    rng = random.Random(0)
+    for seed in range(3):
+        model = make(variant, seed=seed).cuda().bfloat16()
+        tokens, segments = dialogue(rng)
+        tokens, f = tokens.cuda(), ism(segments)
+        cache = Cache(model.config, device="cuda", dtype=torch.bfloat16)
+        decoder = Decoder(model, cache)
+        parts, T = [], tokens.shape[1]
+        with torch.no_grad():
+            while cache.length < T:
+                start, end = cache.length, int(f[0, cache.length])
+                if end == start + 1:
+                    parts.append(decoder(int(tokens[0, start]))[None].clone())
+                else:
+                    parts.append(model(tokens[:, start:end], f[:, start:end], cache)[0])
+            got, want = torch.cat(parts).double(), model(tokens, f)[0].double()
+            exact = model.double()(tokens, f)[0]
+        assert (got - exact).norm() < 2 * (want - exact).norm()  # no further from the truth than rounding takes any path
+
+
+@pytest.mark.cuda
+def test_cuda_decoder_refuses_a_full_cache():
+    model = make(block_size=4).cuda().bfloat16()
+    decoder = Decoder(model, Cache(model.config, device="cuda", dtype=torch.bfloat16))
+    for token in range(4):
+        decoder(token)
+    with pytest.raises(ValueError, match="context of 4"):
+        decoder(0)
