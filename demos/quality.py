@@ -56,13 +56,14 @@ MODELS = {"1 layer": {"n_layer": 1}, "2 layers": {"n_layer": 2}, "4 layers": {"n
           "LLaMA-like": {"n_kv_head": 2, "tie_embeddings": False, "token_shift": False},
           "Qwen-like": {"n_kv_head": 2, "qkv_bias": True, "token_shift": False}}
 SWEEP_SEED = 100  # tunes the learning rate and is reported nowhere
-FULL = {"steps": 4000, "list_steps": 3000, "every": 50, "seeds": 3, "rates": [2e-3, 4e-3, 8e-3], "dialogues": 64000,
-        "list_rows": 100000, "chats": 300, "longest": 64, "price_steps": 100, "settings": {},
-        "lists": [["missing", "2 layers"], ["chain", "2 layers"], ["missing", "4 layers"], ["chain", "4 layers"], ["once", "2 layers"]],
-        "others": ["LLaMA-like", "Qwen-like", "4 layers"]}
-QUICK = FULL | {"steps": 6, "list_steps": 6, "every": 2, "seeds": 2, "rates": [4e-3], "dialogues": 40, "list_rows": 40, "chats": 2,
-                "longest": 4, "price_steps": 2, "lists": [["missing", "2 layers"]], "others": ["Qwen-like"],
-                "settings": {"n_embd": 32, "batch_size": 2}}
+FULL = {"steps": 4000, "seeds": 3, "rates": [2e-3, 4e-3, 8e-3], "others": ["LLaMA-like", "Qwen-like", "4 layers"],
+        "dialogues": 64000, "chats": 300, "longest": 64, "price_steps": 100, "settings": {},
+        "list_steps": 3000, "list_rates": [1e-3, 2e-3, 4e-3], "list_rows": 100000, "every": 50,
+        "lists": [["missing", "2 layers"], ["chain", "2 layers"], ["missing", "4 layers"], ["chain", "4 layers"],
+                  ["once", "2 layers"]]}
+QUICK = FULL | {"steps": 6, "seeds": 2, "rates": [4e-3], "others": ["Qwen-like"], "dialogues": 40, "chats": 2, "longest": 4,
+                "price_steps": 2, "settings": {"n_embd": 32, "batch_size": 2}, "list_steps": 6, "list_rates": [4e-3],
+                "list_rows": 40, "every": 2, "lists": [["missing", "2 layers"]]}
 COLORS = {"causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green", "causal, all tokens": "tab:orange"}
 
 
@@ -75,10 +76,14 @@ class Run(NamedTuple):
     rate: float = 0.0
 
 
+def rates(task, size):
+    return size["rates" if task == "dialogues" else "list_rates"]
+
+
 def plan(size):
     """All runs, the most important first, long ones before short ones."""
     def tuned(task, model, rows):
-        hows = [(SWEEP_SEED, rate) for rate in size["rates"]] + [(seed,) for seed in range(size["seeds"])]
+        hows = [(SWEEP_SEED, rate) for rate in rates(task, size)] + [(seed,) for seed in range(size["seeds"])]
         return [Run(task, model, row, *how) for how in hows for row in rows]
 
     rows, two = ("prefix", "causal, all tokens", "ism", "causal"), ("ism", "causal")
@@ -99,7 +104,7 @@ def best_rate(run, records, size):
     swept = run.task != "dialogues" and [run.task, run.model] in size["lists"]
     like = run.task, run.model if swept else "2 layers", run.row
     sweep = [r for r in records if (r["task"], r["model"], r["row"]) == like and r["rate"]]
-    return max(sweep, key=lambda r: r["score"])["rate"] if len(sweep) == len(size["rates"]) else None
+    return max(sweep, key=lambda r: r["score"])["rate"] if len(sweep) == len(rates(run.task, size)) else None
 
 
 # --- the tasks on lists -------------------------------------------------------------------------------------
@@ -194,9 +199,10 @@ def fit(s, split, vocab_size, check=lambda model, step: None):
 
 
 def settings(run, size, device, dtype):
-    lists = {} if run.task == "dialogues" else {"max_iters": size["list_steps"], "decay": 0.0}  # a constant rate, for the curves
-    return Settings(**{"seed": run.seed, "device": device, "dtype": dtype, "n_dialogues": size["dialogues"], "max_iters": size["steps"],
-                       **lists, **ROWS[run.row], **MODELS[run.model], **size["settings"]})
+    lists = {"max_iters": size["list_steps"], "decay": 0.0}  # a constant rate: the curves do not depend on where they end
+    return Settings(**{"seed": run.seed, "device": device, "dtype": dtype, "n_dialogues": size["dialogues"],
+                       "max_iters": size["steps"], **(lists if run.task in TASKS else {}), **ROWS[run.row], **MODELS[run.model],
+                       **size["settings"]})
 
 
 def data(s):
@@ -240,20 +246,21 @@ def dialogues(s, size, tuning):
         return result
     answers, answers_new = answers_of(test), answers_of(new)
     families, _ = summary(test, answers)
-    dialogue, segment, right = answers.T
+    _, segment, right = answers.T
     groups = {f"turn {t}": segment == 2 * t for t in range(1, 9)}
-    names = [test.family_names[i] for i in test.families]
-    kinds = np.array([reasoning(segment_text(test, tokenizer, d, at - 1)) if names[d] == "reasoning" else "" for d, at, _ in answers])
-    groups |= {kind: kinds == kind for kind in np.unique(kinds) if kind}
-    accuracy = {"all": float(right.mean()), **families} | {name: float(right[at].mean()) for name, at in groups.items() if at.any()}
+    kinds = np.array([kind(segment_text(test, tokenizer, d, at - 1)) if test.family_names[test.families[d]] == "reasoning" else ""
+                      for d, at, _ in answers])
+    groups |= {name: kinds == name for name in np.unique(kinds) if name}
+    accuracy = {"all": float(right.mean()), **families}
+    accuracy |= {name: float(right[at].mean()) for name, at in groups.items() if at.any()}
     accuracy["words never trained on"] = float(answers_new[needs_new_word(new, answers_new, tokenizer), 2].mean())
     return result | {"accuracy": accuracy, "chat": self_chat(model, tokenizer, test, answers, s, size)}
 
 
-def reasoning(query):
-    """What a query of this family asks for; for definitions, how many additions it takes."""
-    if "?" in query and "=" in query:
-        return f"definitions, {query.count('+')} additions"
+def kind(query):
+    """What a query of the family `reasoning` asks for; for definitions, how many additions it takes."""
+    if "=" in query:
+        return f"definitions, {query.count('+')} steps"
     return "missing from a list" if "missing" in query else "named only once"
 
 
@@ -278,7 +285,8 @@ def self_chat(model, tokenizer, split, answers, s, size):
 
 def commit():
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=HERE, capture_output=True,
+                              text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown: not in a git repository"
 
@@ -327,7 +335,8 @@ def train_all(figures, todo, path, jobs, device, dtype):
                 figures["runs"].append(record)
                 save(figures, path)
                 bar.update()
-                bar.write(f"{' '.join(map(str, run[:4]))}, rate {record['learning_rate']:g}: {record['score']:.1%}, {record['seconds']:.0f} s")
+                bar.write(f"{run.task}, {run.model}, {run.row}, seed {run.seed}, rate {record['learning_rate']:g}: "
+                          f"{record['score']:.1%}, {record['seconds']:.0f} s")
 
 
 # --- tables and picture -------------------------------------------------------------------------------------
@@ -358,11 +367,8 @@ def table(title, rows):
 
 def chosen(figures, **fields):
     """The reported runs with these fields, in the order of their seeds."""
-    return sorted((r for r in figures["runs"] if not r["rate"] and all(r[k] == v for k, v in fields.items())), key=lambda r: r["seed"])
-
-
-def accuracies(runs, group):
-    return np.array([r["accuracy"][group] for r in runs if group in r["accuracy"]])
+    runs = [r for r in figures["runs"] if not r["rate"] and all(r[name] == value for name, value in fields.items())]
+    return sorted(runs, key=lambda r: r["seed"])
 
 
 def chat_share(runs, turn, own):
@@ -386,57 +392,57 @@ def one_layer(layers, seed, shift=True):
 def report(figures):
     main = {row: chosen(figures, task="dialogues", model="2 layers", row=row) for row in ROWS}
     paired = [(a, b) for a in main["ism"] for b in main["causal"] if a["seed"] == b["seed"]]
-    seeds = max(map(len, main.values()))
 
-    def against(group):
-        both = [[r["accuracy"].get(group) for r in pair] for pair in paired]
-        return percent([a - b for a, b in both if None not in (a, b)], "+")
+    def line(name, measure):
+        """measure: some runs -> an array of a share for each of them that has it."""
+        less = [d for a, b in paired for d in measure([a]) - measure([b])]
+        return {"% right": name, **{row: percent(measure(runs)) for row, runs in main.items()},
+                "ism - causal": percent(less, "+")}
 
-    def line(name, group):
-        return {"held-out answers, % right": name, **{row: percent(accuracies(runs, group)) for row, runs in main.items()},
-                "ism - causal": against(group)}
+    def share(group):
+        return lambda runs: np.array([r["accuracy"][group] for r in runs if group in r["accuracy"]])
 
-    named = {group: None for runs in main.values() for r in runs for group in r["accuracy"]}
-    if named:
-        table(f"1. Dialogues: means of {seeds} seeds with 95 % t intervals over the seeds (each has its own data, weights and order; "
-              "ism - causal: seed by seed)", [line(group, group) for group in named])
-        table("   What it cost. Answers a second: each row alone on the machine. Rates: the best of the sweep, on a seed of its own", [
-            {"row": row, "learning rate": f"{runs[0]['learning_rate']:g}", "steps": runs[0]["steps"],
-             "answer tokens trained": f"{runs[0]['answer_tokens']:,}", "tokens processed": f"{runs[0]['tokens']:,}"}
-            | {f"answers/s, {place}": f"{rows[row]['answers'] / rows[row]['seconds']:,.0f}" for place, rows in figures["price"].items()}
-            for row, runs in main.items() if runs])
-        table("3. Self-chat: % right after the right answers -> after the model's own, by turn, on the same dialogues", [
-            {"turn": "all" if turn is None else turn + 1} | {
-                row: f"{percent(chat_share(runs, turn, 0))} -> {percent(chat_share(runs, turn, 1))}" for row, runs in main.items()}
-            for turn in (*range(max(len(r["chat"]) for runs in main.values() for r in runs)), None)])
-    shapes = [{"model": model, "group": group} | {row: percent(accuracies(chosen(figures, task="dialogues", model=model, row=row, seed=0), group))
-                                                  for row in ROWS}
-              for model in MODELS if chosen(figures, task="dialogues", model=model) for group in ("all", "the four patterns", "reasoning")]
-    if shapes:
-        table("2. Other shapes, one seed, at the rates of part 1: % right", shapes)
+    if all(main.values()):
+        groups = dict.fromkeys(group for r in main["causal"] for group in r["accuracy"])
+        table(f"1. Dialogues, held-out answers: means of {len(main['causal'])} seeds (each with its own data, weights and order) "
+              "with\n   95 % t intervals over the seeds; ism - causal: seed by seed",
+              [line(group, share(group)) for group in groups])
+        table("   What it cost. Answers a second: each row alone on the machine. Rates: the best of the sweep", [
+            {"row": row, "learning rate": f"{runs[0]['learning_rate']:g}", "steps": f"{runs[0]['steps']:,}",
+             "answer tokens trained": f"{runs[0]['answer_tokens']:,}", "tokens processed": f"{runs[0]['tokens']:,}",
+             **{f"answers/s, {place}": f"{alone[row]['answers'] / alone[row]['seconds']:,.0f}"
+                for place, alone in figures["price"].items()}} for row, runs in main.items()])
+        shapes = [model for model in MODELS if chosen(figures, task="dialogues", model=model, seed=0)]
+        table("2. Other shapes, seed 0, at the rates of part 1", [
+            {"model": model, "% right": group}
+            | {row: percent(share(group)(chosen(figures, task="dialogues", model=model, row=row, seed=0))) for row in ROWS}
+            for model in shapes for group in ("all", "the four patterns", "reasoning")])
+        longest = max(len(r["chat"]) for runs in main.values() for r in runs)
+        table("3. Self-chat, turn by turn on the same dialogues: % right after the right answers -> after the model's own", [
+            {"turn": "all" if turn is None else turn + 1}
+            | {row: " -> ".join(percent(chat_share(runs, turn, own)) for own in (0, 1)) for row, runs in main.items()}
+            for turn in (*range(longest), None)])
     every, lines = figures["size"]["every"], []
     for task, model, row in dict.fromkeys((r["task"], r["model"], r["row"]) for r in chosen(figures) if "curves" in r):
         runs = chosen(figures, task=task, model=model, row=row)
         for group in runs[0]["curves"]:
             curves = [r["curves"][group] for r in runs]
             steps = [next((f"{every * (i + 1):,}" for i, right in enumerate(curve) if right >= 0.9), "-") for curve in curves]
-            lines.append({"task": f"{task}, {group}", "model": model, "mask": row, "learning rate": f"{runs[0]['learning_rate']:g}",
-                          "steps, seed by seed": " / ".join(steps), "% right at the end": percent([curve[-1] for curve in curves])})
+            lines.append({"task": f"{task}, {group}", "model": model, "mask": row, "rate": f"{runs[0]['learning_rate']:g}",
+                          "steps to 90 %": " / ".join(steps), "% right at the end": percent([curve[-1] for curve in curves])})
     if lines:
-        table(f"4. Lists: steps until 90 % of held-out answers are right (-: not in {figures['size']['list_steps']:,})",
+        table("4. Lists: steps until 90 % of held-out answers are right, seed by seed "
+              f"(-: not in {figures['size']['list_steps']:,})",
               sorted(lines, key=lambda line: (line["task"], line["model"])))
-    print(f"\n   Causal and ISM differ in the logits of answers by at most {max(one_layer(1, seed) for seed in range(20)):.0e} with one layer, "
-          f"by up to {max(one_layer(2, seed) for seed in range(20)):.2g} with two (random GPTs).")
-    if named:
-        table("The paper's benchmarks and what stands here for each: our synthetic counterparts, not scores on those benchmarks", [
-            line("MT-Eval: its four patterns", "the four patterns"),
-            {"held-out answers, % right": "BotChat: self-chat, all turns"}
-            | {row: percent(chat_share(runs, None, 1)) for row, runs in main.items()}
-            | {"ism - causal": percent([float(chat_share([a], None, 1)[0] - chat_share([b], None, 1)[0]) for a, b in paired], "+")},
-            line("MATH: reasoning", "reasoning")])
-    for made in figures["made"]:
-        print(f"\nMade by `{made['command']}` at commit {made['commit']} on {made['device']}.", end="")
-    print()
+    one, two = (max(one_layer(layers, seed) for seed in range(20)) for layers in (1, 2))
+    print(f"\n   Causal and ISM differ in the logits of answers by {one:.1g} at most with one layer, by {two:.1g} with two "
+          "(random GPTs).")
+    if all(main.values()):
+        table("The paper's benchmarks and what stands here for each: synthetic counterparts, not scores on those benchmarks", [
+            line("MT-Eval: its four patterns", share("the four patterns")),
+            line("BotChat: self-chat, all turns", lambda runs: chat_share(runs, None, 1)),
+            line("MATH: reasoning", share("reasoning"))])
+    print(*(f"\nMade by `{made['command']}` at commit {made['commit']} on {made['device']}." for made in figures["made"]))
 
 
 def picture(figures, path):
@@ -446,26 +452,27 @@ def picture(figures, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
-    families, turns, steps, two, four, others = axes.flat
+    families, turns, steps, two, four, chains = axes.flat
+    bars = {families: ("all", *PATTERNS, "reasoning", "induction"),
+            steps: (*(f"definitions, {n} steps" for n in (1, 2, 3)), "missing from a list", "named only once")}
     for i, row in enumerate(ROWS):
         runs = chosen(figures, task="dialogues", model="2 layers", row=row)
-        for axis, groups in ((families, ("all", *PATTERNS, "reasoning", "induction")),
-                             (steps, ("definitions, 1 additions", "definitions, 2 additions", "definitions, 3 additions", "missing from a list",
-                                      "named only once"))):
-            values = [accuracies(runs, group) for group in groups]
-            axis.bar(np.arange(len(groups)) + 0.2 * (i - 1.5), [v.mean() if len(v) else 0 for v in values], 0.2,
-                     yerr=[half_width(v) for v in values], color=COLORS[row], label=row, error_kw={"lw": 0.8})
-            axis.set_xticks(range(len(groups)), [group.replace(", ", "\n").replace(" from", "\nfrom") for group in groups], fontsize=7.5)
+        for axis, groups in bars.items():
+            values = [[r["accuracy"][group] for r in runs if group in r["accuracy"]] or [np.nan] for group in groups]
+            axis.bar(np.arange(len(groups)) + 0.2 * (i - 1.5), [np.mean(v) for v in values], 0.2, color=COLORS[row], label=row,
+                     yerr=[half_width(v) for v in values], error_kw={"lw": 0.8})
+            labels = [group.replace(", ", "\n").replace(" from", "\nfrom") for group in groups]
+            axis.set_xticks(range(len(groups)), labels, fontsize=7)
         for own, style in ((0, "-"), (1, "--")):
             shares = [chat_share(runs, turn, own) for turn in range(max((len(r["chat"]) for r in runs), default=0))]
             turns.plot(range(1, len(shares) + 1), [v.mean() for v in shares], style, marker=".", color=COLORS[row],
                        label=row + (", own history" if own else ""))
-    families.set_title("1  Dialogues, by family (bars: 95 % over seeds)")
-    steps.set_title("1  Reasoning, by steps")
+    families.set_title("1  Dialogues by family (95 % over seeds)")
+    steps.set_title("1  Reasoning by kind and steps")
     turns.set(title="3  By turn (dashed: the model's own answers as history)", xlabel="turn")
     every = figures["size"]["every"]
     for axis, task, shown in ((two, "missing", ("2 layers", "1 layer")), (four, "missing", ("4 layers",)),
-                              (others, "chain", ("2 layers", "4 layers"))):
+                              (chains, "chain", ("2 layers", "4 layers"))):
         for model, style in zip(shown, ("-", ":")):
             for r in chosen(figures, task=task, model=model):
                 curve = r["curves"].get("3 steps", r["curves"]["all"])
@@ -481,18 +488,20 @@ def picture(figures, path):
 
 
 def main():
-    parser = Parser(description="Quality under causal, ISM and prefix masks. Without --quick and --full: draw what is in --json.",
+    parser = Parser(description="Quality under causal, ISM and prefix masks. Without --quick or --full: show the figures there are.",
                     allow_abbrev=False)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="train with a handful of steps, anew: some seconds")
     what.add_argument("--full", action="store_true", help="train all that --json does not hold yet: hours on a CPU")
     what.add_argument("--plan", action="store_true", help="list what --full would train")
-    parser.add_argument("--json", metavar="FILE", help="the figures (default: demos/quality.json, and demos/out/quality.json if trained)")
-    parser.add_argument("--out", metavar="FILE", help="the picture (default: demos/out/quality.png)", default=str(HERE / "out" / "quality.png"))
+    parser.add_argument("--json", metavar="FILE",
+                        help="the figures (default: demos/quality.json; if trained, demos/out/quality.json)")
+    parser.add_argument("--out", metavar="FILE", help="the picture (default: demos/out/quality.png)",
+                        default=str(HERE / "out" / "quality.png"))
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation (auto)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs beside each other (as many as there are cores)")
-    parser.add_argument("--steps", type=int, default=FULL["steps"], help=f"of a full run on dialogues ({FULL['steps']}); lists take 3/4 of it")
+    parser.add_argument("--steps", type=int, default=FULL["steps"], help=f"of a full run ({FULL['steps']}); lists take 3/4")
     parser.add_argument("--seeds", type=int, default=FULL["seeds"], help=f"of a full run ({FULL['seeds']})")
     args = parser.parse_args()
     if args.jobs < 1 or args.steps < 1 or not 1 <= args.seeds <= 10:

@@ -106,7 +106,8 @@ def test_lists_are_made_of_queries_and_answers():
         for row, (start, end) in enumerate(zip(split.offsets, split.offsets[1:])):
             tokens, segments = split.tokens[start:end], split.segments[start:end]
             for turn, (query, answer) in enumerate(task(rng)):
-                assert tokens[segments == 2 * turn + 1].tolist() == query and tokens[segments == 2 * turn + 2].tolist() == [answer]
+                assert tokens[segments == 2 * turn + 1].tolist() == query
+                assert tokens[segments == 2 * turn + 2].tolist() == [answer]
             assert (np.diff(segments) >= 0).all() and segments[-1] == 2 * turn + 2
             assert len(tokens) <= q.Settings().block_size and tokens.max() < q.VOCABULARY
 
@@ -118,9 +119,9 @@ def test_the_rate_is_the_best_of_a_whole_sweep():
         scores = [rng.random() for _ in size["rates"]]
         model = run.model if run.task != "dialogues" and run.model != "1 layer" else "2 layers"
         records = [q.Run(run.task, model, run.row, q.SWEEP_SEED, rate)._asdict() | {"score": score}
-                   for rate, score in zip(size["rates"], scores)]
+                   for rate, score in zip(q.rates(run.task, size), scores)]
         others = [q.Run("dialogues", "2 layers", "none", q.SWEEP_SEED, 1.0)._asdict() | {"score": 2.0}]
-        assert q.best_rate(run, records + others, size) == size["rates"][int(np.argmax(scores))]
+        assert q.best_rate(run, records + others, size) == q.rates(run.task, size)[int(np.argmax(scores))]
         assert q.best_rate(run, records[1:] + others, size) is None
 
 
