@@ -291,6 +291,15 @@ def commit():
         return "unknown: not in a git repository"
 
 
+def load(path):
+    """The figures in a file that a run wrote. ValueError if it is none."""
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        return {name: figures[name] for name in ("size", "made", "price", "runs")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no figures of this demo; name a file that --quick or --full has written") from None
+
+
 def save(figures, path):
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -512,7 +521,7 @@ def main():
     try:
         figures = {"size": size, "made": [], "price": {}, "runs": []}
         if not args.quick and (path.exists() or not training):
-            figures = json.loads(path.read_text(encoding="utf-8"))
+            figures = load(path)
         if args.full and figures["size"] | {"seeds": 0} != size | {"seeds": 0}:
             raise ValueError(f"{path} holds runs of another size; name another file with --json")
         if training:
@@ -527,13 +536,14 @@ def main():
             dtype = str(pick_dtype(args.dtype, device))[6:]
             for file in (path, out):  # before the work, not after it
                 file.parent.mkdir(parents=True, exist_ok=True)
-                open(file, "a").close()
+            open(out, "a").close()
+            save(figures, path)
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
             figures["made"].append({"command": " ".join(["python", "demos/quality.py", *sys.argv[1:]]), "commit": commit(),
                                     "device": f"{name}, {args.jobs} jobs, {dtype}, torch {torch.__version__}"})
             if not figures["price"]:
-                price(figures, path, args.device if device.type != "cpu" else "cpu", dtype)
-            train_all(figures, todo, path, args.jobs, args.device, dtype)
+                price(figures, path, str(device), dtype)
+            train_all(figures, todo, path, args.jobs, str(device), dtype)
         report(figures)
         picture(figures, out)
         print(f"The picture: {out}")

@@ -132,20 +132,23 @@ def test_intervals_hold_the_mean_as_often_as_they_say(n):
     assert abs(held - 0.95) < 0.015
 
 
-def test_first_turns_of_self_chat_are_those_of_teacher_forcing():
+def test_self_chat_counts_what_teacher_forcing_does_and_agrees_with_it_in_the_first_turn():
     size = q.QUICK | {"dialogues": 30, "steps": 200, "chats": 30, "longest": 60}
-    s = q.replace(q.settings(q.Run("dialogues", "2 layers", "ism", 0), size, "cpu", "float32"), n_embd=64)
+    s = q.settings(q.Run("dialogues", "2 layers", "ism", 0), size, "cpu", "float32")
+    s = q.replace(s, n_embd=64, block_size=512, batch_size=1)  # so long that no dialogue is cut
     tokenizer, test = q.Tokenizer(), q.Split(q.data(s), "test")
-    model, _ = q.fit(s, test, tokenizer.vocab_size)  # learns some of these few dialogues by heart
+    model, _ = q.fit(s, test, tokenizer.vocab_size)  # learns most of these few dialogues by heart
     _, answers = q.evaluate(model, test, q.MASKS["ism"], s, torch.device("cpu"), torch.float32)
-    turns = q.self_chat(model, tokenizer, test, answers, s, size)
-    n, taught, own = zip(*turns)
-    assert taught[0] == own[0] > 5 and 25 < n[0] <= 30 and list(n) == sorted(n, reverse=True)
-    assert sum(n) / 2 < sum(own) <= sum(n)
+    n, taught, own = zip(*q.self_chat(model, tokenizer, test, answers, s, size))
+    for turn, counts in enumerate(zip(n, taught)):
+        right = answers[answers[:, 1] == 2 * turn + 2, 2]
+        assert counts == (len(right), right.sum())
+    assert taught[0] == own[0] > 5 and sum(n) / 2 < sum(own) <= sum(n) == len(answers)
 
 
 @pytest.mark.parametrize("flags, line", [
     (("--quick", "--json", "/dev/null/file"), "quality.py: [Errno"), (("--json", "no/such.json"), "quality.py: [Errno"),
+    (("--json", __file__), f"quality.py: {__file__} holds no figures"),
     (("--quick", "--seeds", "0"), "quality.py: expected"), (("--quik",), "quality.py: unrecognized"),
     (("--quick", "--device", "none"), "quality.py: --device none is not")])
 def test_errors_are_one_line(flags, line):
