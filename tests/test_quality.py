@@ -116,7 +116,7 @@ def test_the_rate_is_the_best_of_a_whole_sweep():
     rng = random.Random(0)
     size = q.FULL
     for run in [run for run in q.plan(size) if not run.rate]:
-        scores = [rng.random() for _ in size["rates"]]
+        scores = [rng.random() for _ in q.rates(run.task, size)]
         model = run.model if run.task != "dialogues" and run.model != "1 layer" else "2 layers"
         records = [q.Run(run.task, model, run.row, q.SWEEP_SEED, rate)._asdict() | {"score": score}
                    for rate, score in zip(q.rates(run.task, size), scores)]
