@@ -175,6 +175,33 @@ def inputs(split, rows, mask, device, answers_only=True):
     return *(x.to(device, non_blocking=True) for x in (tokens, at, targets)), f, segments
 
 
+def model_config(s, vocab_size):
+    return GPTConfig(vocab_size=vocab_size, block_size=s.block_size, n_layer=s.n_layer, n_head=s.n_head,
+                     n_kv_head=s.n_kv_head or s.n_head, n_embd=s.n_embd, n_hidden=2 * s.n_embd, qkv_bias=s.qkv_bias,
+                     tie_embeddings=s.tie_embeddings, token_shift=s.token_shift)
+
+
+def make_optimizer(model, s):
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                             lr=s.learning_rate, betas=(0.9, 0.95), fused=others[0].device.type != "mps")
+
+
+def update(model, optimizer, tokens, f, at, targets, rate, s, dtype):
+    """One training step on what `inputs` gives, at a learning rate: the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with autocast(tokens.device, dtype):
+        logits = model(tokens, f, at=at)
+    loss = F.cross_entropy(logits.float(), targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
 @torch.no_grad()
 def evaluate(model, split, mask, s, device, dtype):
     """Teacher-forced: the mean loss, and for each answer a row (dialogue, segment, right).
@@ -211,13 +238,15 @@ def summary(split, answers):
     return [{name: float(right[at].mean()) for name, at in groups.items() if at.any()} for groups in (which, turns)]
 
 
+def segment_text(split, tokenizer, dialogue, segment):
+    row = slice(*split.offsets[dialogue : dialogue + 2])
+    return tokenizer.decode(split.tokens[row][split.segments[row] == segment].tolist())
+
+
 def needs_new_word(split, answers, tokenizer):
     """Which answers (N, 3) contain a word that is in no training dialogue: boolean (N,)."""
-    def text(dialogue, segment):
-        row = slice(*split.offsets[dialogue : dialogue + 2])
-        return tokenizer.decode(split.tokens[row][split.segments[row] == segment].tolist())
-
-    return np.array([any(word in text(d, segment) for word in NEW_NAMES + NEW_CITIES) for d, segment, _ in answers])
+    texts = (segment_text(split, tokenizer, dialogue, segment) for dialogue, segment, _ in answers)
+    return np.array([any(word in text for word in NEW_NAMES + NEW_CITIES) for text in texts], dtype=bool)
 
 
 def train(s):
@@ -229,9 +258,7 @@ def train(s):
     mask, tokenizer = MASKS[s.mask], Tokenizer(s.tokenizer)
     out = pathlib.Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=s.block_size, n_layer=s.n_layer, n_head=s.n_head,
-                       n_kv_head=s.n_kv_head or s.n_head, n_embd=s.n_embd, n_hidden=2 * s.n_embd, qkv_bias=s.qkv_bias,
-                       tie_embeddings=s.tie_embeddings, token_shift=s.token_shift)
+    config = model_config(s, tokenizer.vocab_size)
     state = load_checkpoint(out / "ckpt.pt") if s.resume else None
     if state and GPTConfig(**state["config"]) != config:
         raise ValueError(f"{out / 'ckpt.pt'} has another model config; --resume needs the same settings")
@@ -240,10 +267,7 @@ def train(s):
     rows = split.rows(mask)
     torch.manual_seed(s.seed)
     model = GPT(config).to(device)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=s.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+    optimizer = make_optimizer(model, s)
     step = 0
     if state:
         model.load_state_dict(state["model"])
@@ -264,16 +288,8 @@ def train(s):
     for batch in batch_stream(split, rows, s, step):
         if step >= s.max_iters:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
         tokens, at, targets, f, _ = inputs(split, batch, mask, device, s.answers_only)
-        with autocast(device, dtype):
-            logits = model(tokens, f, at=at)
-        loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = update(model, optimizer, tokens, f, at, targets, learning_rate(step, s), s, dtype)
         step += 1
         seen += tokens.numel()
         bar.update()
