@@ -104,7 +104,7 @@ def main():
         out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"page.py: {error}")
-    print(f"{out}: {len(text) / 1e6:.1f} MB; open it in a browser" + ("" if chat else " (--ckpt out/ckpt.pt adds a model)"))
+    print(f"{out}: {len(text) // 1000:,} kB; open it in a browser" + ("" if chat else " (--ckpt out/ckpt.pt adds a model)"))
 
 
 if __name__ == "__main__":
