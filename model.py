@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -175,7 +176,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False  # True: the backward pass computes each block again to save memory
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
@@ -214,7 +215,10 @@ class GPT(nn.Module):
         x = self.embed(tokens)  # (B, n, C)
         rope = self.cos[start:end], self.sin[start:end]
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, rope, None if cache is None else (cache.k[i], cache.v[i], cache.x[i], start))
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, rope, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a block
+            else:
+                x = block(x, mask, rope, None if cache is None else (cache.k[i], cache.v[i], cache.x[i], start))
         if cache is not None:
             cache.length = end
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
