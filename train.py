@@ -385,6 +385,10 @@ def main():
         m = train(s)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if WORLD == 1 or "peer" not in str(error):  # what is left of a connection when its other end has died
+            raise
+        sys.exit(f"train.py: process {RANK} stops, because another one has stopped; --resume goes on from the last checkpoint")
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: stopped; --resume goes on from the last checkpoint, which is written every --eval_interval steps")
     if RANK == 0:

@@ -149,6 +149,8 @@ def main():
         metrics = finetune(s)
     except (ValueError, OSError) as error:
         sys.exit(f"finetune.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nfinetune.py: stopped; --resume goes on from the last checkpoint, which is written every --eval_interval steps")
     if RANK == 0:
         report(metrics, s.out_dir)
 
