@@ -40,6 +40,11 @@ def prefix(segments):
 MASKS = {"causal": causal, "prefix": prefix, "ism": ism}
 
 
+def annealed(mask, share):
+    """The mask that has gone `share` of the way from causal to `mask`, from 0 to 1; rounded to whole tokens."""
+    return lambda segments: (j := causal(segments)) + (share * (mask(segments) - j)).round().long()
+
+
 def dense(f):
     """f (B, T) -> boolean (B, T, T), True where row j may attend to column i."""
     return torch.arange(f.shape[1], device=f.device) < f[..., None]

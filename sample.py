@@ -7,12 +7,14 @@ what the change of f leaves valid. Under ISM and causal that is all of it, under
 """
 import codecs
 import json
+import pathlib
 import signal
 import sys
 import time
 
 import torch
 
+from data.hf import from_pretrained, load_tokenizer, read_config
 from data.loader import well_formed
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw, reusable
@@ -57,12 +59,12 @@ class Chat:
         self.silent = torch.tensor(tokenizer.unsayable, device=self.device)
         self.stop = False  # set it from a signal handler or another thread to end the answer
         self.messages = [{"role": "system", "content": system}] if system else []
-        self.system = tokenizer.encode_given(self.messages)[:-1]  # without the answer's header
         self.reset()
 
     def reset(self):
         """Forget all but the system prompt."""
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+        self.system = self.tokenizer.begin + self.tokenizer.encode_given(self.messages, header=False)
         self.turns = []  # (query tokens, answer tokens), the system prompt not among them
         self.f = torch.zeros(1, 0, dtype=torch.long)  # the f under which the cache was filled
         self.cache.length = 0
@@ -74,7 +76,6 @@ class Chat:
             raise ValueError("a history is a list of system, user and assistant messages that ends with the assistant's")
         if messages[0]["role"] == "system":
             self.messages, messages = messages[:1], messages[1:]
-            self.system = self.tokenizer.encode_given(self.messages)[:-1]
         self.reset()
         given = []
         for message in messages:
@@ -88,8 +89,8 @@ class Chat:
     def layout(self):
         """The dialogue so far as (tokens, segments), two lists."""
         tokens, segments = list(self.system), [1] * len(self.system)
-        for i, parts in enumerate(self.turns):
-            for j, part in enumerate(parts):
+        for i, (query, answer) in enumerate(self.turns):
+            for j, part in enumerate((self.tokenizer.after * (i > 0) + query, answer)):
                 tokens += part
                 segments += [2 * i + j + 1] * len(part)
         return tokens, segments
@@ -179,19 +180,32 @@ class Chat:
         return self.model(torch.tensor([tokens], device=self.device), f, self.cache, at)[0].float()
 
 
-def load_chat(path, device="auto", dtype="auto", **settings):
-    """A Chat with the model of a checkpoint; settings are Chat's. ValueError if it cannot be loaded."""
-    state = load_checkpoint(path)
-    tokenizer = Tokenizer(state["settings"]["tokenizer"])
-    if tokenizer.identity != state["tokenizer"]:
-        raise ValueError(f"{path} was trained with another tokenizer ({state['tokenizer']}); here is {tokenizer.identity}")
-    if state["settings"]["mask"] not in MASKS:
-        raise ValueError(f"{path} was trained with the mask '{state['settings']['mask']}', which mask.py does not have")
+def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settings):
+    """A Chat with the model of a checkpoint file, or of a Hugging Face folder; settings are Chat's.
+
+    mask: a name in MASKS; "" is the one that the file was trained with, for a folder ism. block_size: the context of a
+    folder in tokens; 0 is its own, but at most 4,096, since the cache is allocated at once. ValueError if it cannot be loaded.
+    """
     device = pick_device(device)
-    model = GPT(GPTConfig(**state["config"]))
-    model.load_state_dict(state["model"])
-    model = model.to(device, pick_dtype(dtype, device))
-    return Chat(model, tokenizer, MASKS[state["settings"]["mask"]], **settings)
+    dtype = pick_dtype(dtype, device)
+    if pathlib.Path(path).is_dir():
+        tokenizer, mask = load_tokenizer(path), mask or "ism"
+        model = from_pretrained(path, block_size or min(4096, read_config(path).block_size), dtype)
+    else:
+        state = load_checkpoint(path)
+        trained, mask = state["settings"], mask or state["settings"]["mask"]
+        tokenizer = load_tokenizer(pathlib.Path(path).parent) if trained["init_from"] else Tokenizer(trained["tokenizer"])
+        if tokenizer.identity != state["tokenizer"]:
+            raise ValueError(f"{path} was trained with another tokenizer ({state['tokenizer']}); here is {tokenizer.identity}")
+        if mask not in MASKS:
+            raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
+        model = GPT(GPTConfig(**state["config"]))
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError:
+            raise ValueError(f"{path} holds other weights than a GPT's, LoRA's maybe; those are merged when the run ends: --ckpt "
+                             f"{pathlib.Path(path).parent}") from None
+    return Chat(model.to(device, dtype), tokenizer, MASKS[mask], **settings)
 
 
 HELP = """/reset      forget the conversation
@@ -248,7 +262,9 @@ def answer(chat, text):
 
 def main():
     parser = Parser(description="Chat with a trained model.", allow_abbrev=False)
-    parser.add_argument("--ckpt", default="out/ckpt.pt", help="the checkpoint (out/ckpt.pt)")
+    parser.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint of train.py or a Hugging Face folder (out/ckpt.pt)")
+    parser.add_argument("--mask", default="", choices=tuple(MASKS), help="the attention mask (the checkpoint's; for a folder ism)")
+    parser.add_argument("--block_size", type=int, default=0, help="context of a folder in tokens (its own, at most 4096)")
     parser.add_argument("--prompt", action="append", default=[], help="a query instead of the terminal; repeat it for more turns")
     parser.add_argument("--system", default="", help="a system prompt")
     parser.add_argument("--history", default="", help="go on from a conversation that /save wrote")
@@ -260,10 +276,10 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache (auto)")
     a = parser.parse_args()
-    if a.temperature < 0 or a.top_k < 0 or not 0 < a.top_p <= 1 or a.max_new_tokens < 1:
-        parser.error("expected --temperature >= 0, --top_k >= 0, 0 < --top_p <= 1, --max_new_tokens >= 1")
+    if a.temperature < 0 or a.top_k < 0 or not 0 < a.top_p <= 1 or a.max_new_tokens < 1 or a.block_size < 0:
+        parser.error("expected --temperature >= 0, --top_k >= 0, 0 < --top_p <= 1, --max_new_tokens >= 1, --block_size >= 0")
     try:
-        chat = load_chat(a.ckpt, a.device, a.dtype, system=a.system, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
+        chat = load_chat(a.ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
                          seed=a.seed, max_new_tokens=a.max_new_tokens, notify=print)
         if a.history:
             with open(a.history, encoding="utf-8") as file:

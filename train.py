@@ -16,14 +16,21 @@ from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.dialogues import NEW_CITIES, NEW_NAMES, PATTERNS
+from data.hf import copy_small_files, from_pretrained, load_tokenizer, read_config
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer
-from mask import MASKS, loss_positions
+from mask import MASKS, annealed, loss_positions
 from model import GPT, GPTConfig
+
+
+# Set by torchrun: the number of this process, the same on its machine, and how many there are.
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def setting(default, help, choices=None):
@@ -36,11 +43,14 @@ class Settings:
     data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
     n_dialogues: int = setting(64000, "synthetic dialogues to train on")
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
+    init_from: str = setting("", "a Hugging Face folder: start from its weights, with its sizes and tokenizer")
     out_dir: str = setting("out", "where the checkpoint and the figures go")
     device: str = setting("auto", "cpu, cuda, mps; auto takes the fastest there is")
     dtype: str = setting("auto", "of the computation; auto tries which is fast", ("auto", "float32", "bfloat16"))
     max_iters: int = setting(4000, "training steps")
     batch_size: int = setting(8, "a step holds batch_size * block_size tokens, in as many dialogues as fit")
+    grad_accum: int = setting(1, "parts that a batch is cut into to save memory; their gradients add up to the batch's")
+    checkpointing: bool = setting(False, "compute each block again in the backward pass to save memory")
     block_size: int = setting(256, "longest context in tokens")
     n_layer: int = setting(2, "blocks")
     n_head: int = setting(4, "query heads")
@@ -50,7 +60,8 @@ class Settings:
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the head")
     token_shift: bool = setting(True, "add the embedding of the token before")
     answers_only: bool = setting(True, "loss on answers alone, not on queries")
-    learning_rate: float = setting(4e-3, "peak learning rate")
+    anneal: int = setting(0, "steps in which the mask goes from causal to its own")
+    learning_rate: float = setting(0.0, "peak learning rate; 0: 4e-3, with --init_from 2e-5")
     warmup_iters: int = setting(50, "steps of linear warm-up")
     decay: float = setting(0.4, "last fraction of the steps, in which the rate falls linearly to 0")
     weight_decay: float = setting(0.1, "of matrices")
@@ -62,11 +73,12 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            least = 0 if f.name in ("seed", "n_kv_head", "warmup_iters") else 1
+            least = 0 if f.name in ("seed", "n_kv_head", "warmup_iters", "anneal") else 1
             if f.type is int and getattr(self, f.name) < least:
                 raise ValueError(f"--{f.name} must be at least {least}, not {getattr(self, f.name)}")
             if f.type is float and not 0 <= getattr(self, f.name) < float("inf"):
                 raise ValueError(f"--{f.name} must be a number from 0 on, not {getattr(self, f.name)}")
+        self.learning_rate = self.learning_rate or (2e-5 if self.init_from else 4e-3)
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,6 +100,10 @@ def parse(settings_class, description, argv=None):
 def pick_device(name):
     """A torch device from its name; ValueError if it is not there."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if WORLD > 1 and name in ("auto", "cuda") and there[0] == "cuda":  # a GPU for each process
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node asks for more processes than the {torch.cuda.device_count()} GPUs of this machine")
+        return torch.device("cuda", LOCAL_RANK)
     if name == "auto":
         return torch.device(there[0])
     if name.split(":")[0] not in there:
@@ -182,20 +198,40 @@ def model_config(s, vocab_size):
 
 
 def make_optimizer(model, s):
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
     return torch.optim.AdamW([{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                             lr=s.learning_rate, betas=(0.9, 0.95), fused=others[0].device.type != "mps")
+                             lr=s.learning_rate, betas=(0.9, 0.95), fused=decayed[0].device.type != "mps")
 
 
-def update(model, optimizer, tokens, f, at, targets, rate, s, dtype):
-    """One training step on what `inputs` gives, at a learning rate: the loss."""
+def gradients(model, split, batch, mask, s, device, dtype):
+    """Add the gradients of a batch's mean loss to the parameters, in s.grad_accum parts; returns the loss ().
+
+    Of several processes each takes its rows, and returns its share of the loss.
+    """
+    own = [rows for rows in np.array_split(batch, s.grad_accum * WORLD)[RANK::WORLD] if len(rows)]
+    parts = [inputs(split, rows, mask, device, s.answers_only) for rows in own or [batch[:1]]]
+    if not own:  # fewer rows than processes: go along, and count nothing
+        parts[0][2].fill_(-100)
+    count = sum((targets != -100).sum() for _, _, targets, _, _ in parts)
+    if WORLD > 1:
+        dist.all_reduce(count)
+    total = torch.zeros((), device=device)
+    for i, (tokens, at, targets, f, _) in enumerate(parts, 1):
+        with model.no_sync() if WORLD > 1 and i < len(parts) else nullcontext():
+            with autocast(device, dtype):
+                logits = model(tokens, f, at=at)
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count  # a mean over the batch, not over the part
+            (WORLD * loss).backward()  # DistributedDataParallel takes the mean over the processes
+        total += loss.detach()
+    return total
+
+
+def update(model, optimizer, split, batch, mask, rate, s, device, dtype):
+    """One training step on a batch of rows at a learning rate: the loss ()."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with autocast(tokens.device, dtype):
-        logits = model(tokens, f, at=at)
-    loss = F.cross_entropy(logits.float(), targets)
-    loss.backward()
+    loss = gradients(model, split, batch, mask, s, device, dtype)
     torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
@@ -210,7 +246,7 @@ def evaluate(model, split, mask, s, device, dtype):
     """
     model.eval()
     loss, count, answers = 0.0, 0, [np.zeros((0, 3), dtype=np.int64)]
-    for batch in split.batches(split.rows(mask), 4 * s.batch_size * s.block_size, seed=0):
+    for batch in split.batches(split.rows(mask), 4 * s.batch_size * s.block_size // s.grad_accum, seed=0)[RANK::WORLD]:
         tokens, at, targets, f, segments = inputs(split, batch, mask, device)
         with autocast(device, dtype):
             logits = model(tokens, f, at=at)
@@ -223,6 +259,10 @@ def evaluate(model, split, mask, s, device, dtype):
         answer, which = np.unique(torch.stack([dialogue, segments.flatten()[at + 1]], 1), axis=0, return_inverse=True)
         answers.append(np.column_stack([answer, np.bincount(which.ravel(), wrong, len(answer)) == 0]))
     model.train()
+    if WORLD > 1:
+        every = [None] * WORLD
+        dist.all_gather_object(every, (loss, count, answers))
+        loss, count, answers = (sum(parts[1:], parts[0]) for parts in zip(*every))
     return loss / max(count, 1), np.concatenate(answers)
 
 
@@ -249,24 +289,44 @@ def needs_new_word(split, answers, tokenizer):
     return np.array([any(word in text for word in NEW_NAMES + NEW_CITIES) for text in texts], dtype=bool)
 
 
-def train(s):
-    """Train by the settings; returns the metrics. ValueError for settings that cannot be."""
+def train(s, model=None):
+    """Train by the settings; returns the metrics. model: one that is there already, for --init_from.
+
+    ValueError for settings that cannot be.
+    """
     began = time.time()
     tune_cpu()
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
-    mask, tokenizer = MASKS[s.mask], Tokenizer(s.tokenizer)
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.broadcast_object_list(chosen := [dtype], device=device)
+        dtype = chosen[0]  # what one CPU is fast in, another may not be
+    mask, tokenizer = MASKS[s.mask], load_tokenizer(s.init_from) if s.init_from else Tokenizer(s.tokenizer)
     out = pathlib.Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    config = model_config(s, tokenizer.vocab_size)
+    if s.init_from:
+        config = read_config(s.init_from, s.block_size)
+        if RANK == 0:
+            copy_small_files(s.init_from, out)  # so that out_dir, with its tokenizer, can be moved to another machine
+    else:
+        config = model_config(s, tokenizer.vocab_size)
     state = load_checkpoint(out / "ckpt.pt") if s.resume else None
     if state and GPTConfig(**state["config"]) != config:
         raise ValueError(f"{out / 'ckpt.pt'} has another model config; --resume needs the same settings")
+    if LOCAL_RANK:  # the first process of a machine prepares the data, the others find them
+        dist.barrier()
     folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed)
+    if WORLD > 1 and not LOCAL_RANK:
+        dist.barrier()
     split = Split(folder, "train")
     rows = split.rows(mask)
     torch.manual_seed(s.seed)
-    model = GPT(config).to(device)
+    model = model or (from_pretrained(s.init_from, s.block_size) if s.init_from else GPT(config))
+    model = model.to(device)
+    model.checkpointing = s.checkpointing
     optimizer = make_optimizer(model, s)
     step = 0
     if state:
@@ -276,24 +336,29 @@ def train(s):
     if s.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
+    network = DistributedDataParallel(model) if WORLD > 1 else model
 
     def checkpoint():
-        save_checkpoint(out / "ckpt.pt", config=asdict(config), settings=asdict(s), tokenizer=tokenizer.identity,
-                        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        if RANK == 0:
+            save_checkpoint(out / "ckpt.pt", config=asdict(config), settings=asdict(s), tokenizer=tokenizer.identity,
+                            model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
-    print(f"{model.n_params() / 1e6:.2f}M parameters, {s.mask} mask, {device.type} in {str(dtype)[6:]}, "
-          f"{len(rows):,} rows of {(rows[:, 2] - rows[:, 1]).mean():.0f} tokens")
-    bar = tqdm(total=s.max_iters, initial=step, desc="train", unit="step", mininterval=0.5)
+    if RANK == 0:
+        print(f"{model.n_params() / 1e6:.2f}M parameters, {s.mask} mask, {device.type} in {str(dtype)[6:]}, "
+              f"{len(rows):,} rows of {(rows[:, 2] - rows[:, 1]).mean():.0f} tokens" + (f", {WORLD} processes" if WORLD > 1 else ""))
+    bar = tqdm(total=s.max_iters, initial=step, desc="train", unit="step", mininterval=0.5, disable=RANK > 0)
     seen, since, val = 0, time.time(), None
     for batch in batch_stream(split, rows, s, step):
         if step >= s.max_iters:
             break
-        tokens, at, targets, f, _ = inputs(split, batch, mask, device, s.answers_only)
-        loss = update(model, optimizer, tokens, f, at, targets, learning_rate(step, s), s, dtype)
+        current = annealed(mask, step / s.anneal) if step < s.anneal else mask
+        loss = update(network, optimizer, split, batch, current, learning_rate(step, s), s, device, dtype)
         step += 1
-        seen += tokens.numel()
+        seen += int((batch[:, 2] - batch[:, 1]).sum())
         bar.update()
         if step % 20 == 0:
+            if WORLD > 1:
+                dist.all_reduce(loss)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {seen / (time.time() - since):,.0f} tokens/s"
                                 + (f", held-out right {val:.1%}" if val is not None else ""))
         if step % s.eval_interval == 0 and step < s.max_iters:
@@ -312,8 +377,22 @@ def train(s):
         _, answers = evaluate(model, new, mask, s, device, dtype)
         metrics["accuracy_new_words"] = summary(new, answers[needs_new_word(new, answers, tokenizer)])[0]
     metrics["seconds"] = time.time() - began
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    if RANK == 0:
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    if WORLD > 1:
+        dist.destroy_process_group()
     return metrics
+
+
+def report(m, ckpt):
+    """Print the table of a run's metrics, and how to chat with the model at `ckpt`."""
+    print(f"\nHeld-out answers that are exactly right, whole      loss {m['loss']:.4f}, {m['seconds']:.0f} s")
+    for title, key in (("by family", "accuracy"), ("by turn", "accuracy_by_turn"), ("that need a word never trained on", "accuracy_new_words")):
+        if key in m:
+            print(f"  {title}")
+            for name, value in m[key].items():
+                print(f"    {name:18} {value:6.1%}")
+    print("\nchat with it: python sample.py" + (f" --ckpt {ckpt}" if ckpt != "out/ckpt.pt" else ""))
 
 
 def main():
@@ -322,15 +401,14 @@ def main():
         m = train(s)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if WORLD == 1 or "peer" not in str(error):  # what is left of a connection when its other end has died
+            raise
+        sys.exit(f"train.py: process {RANK} stops, because another one has stopped; --resume goes on from the last checkpoint")
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: stopped; --resume goes on from the last checkpoint, which is written every --eval_interval steps")
-    print(f"\nHeld-out answers that are exactly right, whole      loss {m['loss']:.4f}, {m['seconds']:.0f} s")
-    for title, key in (("by family", "accuracy"), ("by turn", "accuracy_by_turn"), ("that need a word never trained on", "accuracy_new_words")):
-        if key in m:
-            print(f"  {title}")
-            for name, value in m[key].items():
-                print(f"    {name:18} {value:6.1%}")
-    print("\nchat with it: python sample.py" + (f" --ckpt {s.out_dir}/ckpt.pt" if s.out_dir != "out" else ""))
+    if RANK == 0:
+        report(m, f"{s.out_dir}/ckpt.pt")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 Published checkpoints in the Hugging Face format: all that this codebase knows of foreign weights and tokenizers.
 
     model = from_pretrained(folder)         LLaMA 2, 3 and 3.x, TinyLlama, SmolLM2, Qwen2, Qwen2.5, Qwen3
+    save_pretrained(model, folder, out)     back to the same format, for use elsewhere
     tokenizer = load_tokenizer(folder)      the same, but for LLaMA 2 and TinyLlama, which use SentencePiece
 
 Weights are read memory-mapped from safetensors: eight bytes with the length of a JSON header, the header, raw
@@ -13,6 +14,7 @@ import base64
 import json
 import math
 import pathlib
+import shutil
 import unicodedata
 
 import torch
@@ -39,6 +41,8 @@ BLOCK_TENSORS = {
     "mlp.up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.down.weight": ["mlp.down_proj.weight"],
 }
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+               "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 LAYOUTS = {
@@ -110,6 +114,13 @@ def read_config(folder, block_size=0):
         norm_eps=number(c, "rms_norm_eps", 1e-6, float), tie_embeddings=bool(c.get("tie_word_embeddings")), **ARCHITECTURES[name])
 
 
+def copy_small_files(folder, out):
+    """Copy all but the weights from a checkpoint folder to another: the config, the tokenizer, the chat template."""
+    for name in SMALL_FILES:
+        if (path := pathlib.Path(folder) / name).exists():
+            shutil.copyfile(path, pathlib.Path(out) / name)
+
+
 def read_safetensors(path):
     """{name: tensor} of one file, memory-mapped: a tensor is read when it is used. ValueError if the file is damaged."""
     size = path.stat().st_size if path.is_file() else -1
@@ -167,6 +178,16 @@ def read_weights(folder):
     return tensors
 
 
+def their_parts(name, config):
+    """Our tensor's name -> {their tensor's name: its rows}, for those that ours has stacked; one alone has None, all rows."""
+    if not name.startswith("blocks."):
+        return dict.fromkeys(TENSORS[name])
+    _, i, inner = name.split(".", 2)
+    H, Hkv, D = config.n_head, config.n_kv_head, config.head_size
+    rows = {1: [None], 2: [config.n_hidden] * 2, 3: [H * D, Hkv * D, Hkv * D]}[len(BLOCK_TENSORS[inner])]
+    return {f"model.layers.{i}.{part}": n for part, n in zip(BLOCK_TENSORS[inner], rows)}
+
+
 def from_pretrained(folder, block_size=0, dtype=torch.float32):
     """The GPT of a checkpoint folder (config.json, safetensors) with parameters of dtype, on the CPU.
 
@@ -178,19 +199,16 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
     theirs = read_weights(folder)
     with torch.device("meta"):  # shapes without memory, and no time spent on random numbers
         model = GPT(config)
-    H, Hkv, D = config.n_head, config.n_kv_head, config.head_size
-    rows = {2: [config.n_hidden] * 2, 3: [H * D, Hkv * D, Hkv * D]}  # by the number of tensors that are stacked
-    parts, expected = {}, set()  # ours: [theirs]
+    parts, expected = {}, set()  # ours: {theirs: rows}
     for name, p in model.state_dict().items():
-        block, i, inner = name.split(".", 2) if name.startswith("blocks.") else (None, None, None)
-        parts[name] = [f"model.layers.{i}.{part}" for part in BLOCK_TENSORS[inner]] if block else TENSORS[name]
-        if name == "head.weight" and config.tie_embeddings and "lm_head.weight" not in theirs:
-            parts[name] = TENSORS["embed.weight"]
-        for part, n in zip(parts[name], rows.get(len(parts[name]), p.shape)):
+        tied = name == "head.weight" and config.tie_embeddings and "lm_head.weight" not in theirs
+        parts[name] = their_parts("embed.weight" if tied else name, config)
+        for part, n in parts[name].items():
+            shape = (n or p.shape[0], *p.shape[1:])
             if part not in theirs:
                 raise ValueError(f"{folder}: {part} is missing")
-            if theirs[part].shape != (n, *p.shape[1:]):
-                raise ValueError(f"{folder}: {part} has the shape {tuple(theirs[part].shape)}, by config.json it is {(n, *p.shape[1:])}")
+            if theirs[part].shape != shape:
+                raise ValueError(f"{folder}: {part} has the shape {tuple(theirs[part].shape)}, by config.json it is {shape}")
             expected.add(part)
     for name in sorted(theirs.keys() - expected):
         if not name.endswith("rotary_emb.inv_freq"):  # old files have this table, which follows from config.json
@@ -203,6 +221,32 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
         model.head.weight = model.embed.weight
     model.cos, model.sin = rope_tables(config)
     return model
+
+
+def save_pretrained(model, source, folder):
+    """Write a GPT that began as the checkpoint folder `source` to a folder of the same format, in the dtype of its parameters."""
+    source, folder, dtype = pathlib.Path(source), pathlib.Path(folder), model.embed.weight.dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_small_files(source, folder)
+    config = read_json(source / "config.json")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    tensors = {}
+    for name, p in model.state_dict().items():
+        if name != "head.weight" or not model.config.tie_embeddings:
+            parts = their_parts(name, model.config)
+            tensors |= zip(parts, p.split([n or len(p) for n in parts.values()]))
+    kind, header, end = {d: kind for kind, d in DTYPES.items()}[dtype], {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the numbers begin at a multiple of 8
+    with open(folder / "model.safetensors.partial", "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            file.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    (folder / "model.safetensors.partial").replace(folder / "model.safetensors")  # whole or not at all
 
 
 def byte_ranks(path, vocab, merges, whole):
@@ -268,7 +312,8 @@ def load_tokenizer(folder):
     name = next((name for name, layout in LAYOUTS.items() if layout["end"] in added), None)
     if name is None:
         raise ValueError(f"{path} has no special token of a known chat format ({', '.join(LAYOUTS)})")
-    vocab_size = max(vocab_size, *(i + 1 for i in ranks.values()), *(i + 1 for i, _ in added.values()))
+    if (highest := max(*ranks.values(), *(i for i, _ in added.values()))) >= vocab_size:
+        raise ValueError(f"{path} has a token {highest}, but config.json's vocab_size is {vocab_size}")
     for byte in range(256):  # bytes that the vocabulary lacks are left out, as in Hugging Face tokenizers
         ranks.setdefault(bytes([byte]), vocab_size + byte)
     return Tokenizer(name, ranks, pattern, {token: i for token, (i, _) in added.items()}, LAYOUTS[name],

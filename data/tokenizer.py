@@ -63,15 +63,15 @@ class Tokenizer:
         tokens = self.encoding.encode(self.normalize(text), allowed_special=self.spoken, disallowed_special=())
         return [token for token in tokens if token < self.vocab_size]
 
-    def encode_given(self, messages):
-        """A run of given messages -> the tokens of the query segment, which ends with the answer's header.
+    def encode_given(self, messages, header=True):
+        """A run of given messages -> the tokens of the query segment, which ends with the answer's header if that is wanted.
 
         In a dialogue `begin` stands before the first query, and `after` before each query behind an answer.
         """
         tokens = []
         for message in messages:
             tokens += [*self.openings[message["role"]], *self.encode(message["content"]), self.end, *self.after]
-        return tokens + self.openings["assistant"]
+        return tokens + self.openings["assistant"] * header
 
     def encode_answer(self, text):
         """An answer's text -> the tokens of the answer segment, which ends with <|end|>."""

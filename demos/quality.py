@@ -47,7 +47,7 @@ from data.tokenizer import Tokenizer
 from mask import MASKS, causal, loss_positions
 from model import GPT, GPTConfig
 from sample import Chat
-from train import (Parser, Settings, batch_stream, evaluate, inputs, learning_rate, make_optimizer, model_config,
+from train import (Parser, Settings, batch_stream, evaluate, learning_rate, make_optimizer, model_config,
                    needs_new_word, pick_device, pick_dtype, segment_text, summary, tune_cpu, update)
 
 ROWS = {"causal": {"mask": "causal"}, "ism": {"mask": "ism"}, "prefix": {"mask": "prefix"},
@@ -184,10 +184,10 @@ def fit(s, split, vocab_size, check=lambda model, step: None):
     took = {"budget": total, "steps": 0, "tokens": 0, "answers": 0, "answer_tokens": 0, "largest_step": 0}
     start = time.perf_counter()
     for rows in batch_stream(split, split.rows(mask), wide, 0):
-        tokens, at, targets, f, segments = inputs(split, rows, mask, device, s.answers_only)
         rate = learning_rate(took["answer_tokens"] / total * s.max_iters, s)
-        loss = update(model, optimizer, tokens, f, at, targets, rate, s, dtype)
-        trained = loss_positions(segments, f)  # (B, T) those of answers alone
+        loss = update(model, optimizer, split, rows, mask, rate, s, device, dtype)
+        _, segments = split.collate(rows)
+        trained = loss_positions(segments, mask(segments))  # (B, T) those of answers alone
         took["steps"] += 1
         took["tokens"] += int((segments > 0).sum())
         took["answers"] += int((trained & (segments % 2 == 1)).sum())  # an answer is foretold from its query's last token

@@ -1,0 +1,277 @@
+"""From a checkpoint folder to a fine-tuned one: parts of a batch, checkpointing, annealing, LoRA, saving, memory, processes."""
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import weakref
+
+import pytest
+import torch
+from conftest import ROOT
+from test_chat import run
+from test_data import chat
+from test_model import VARIANTS, dialogue
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sample as sample_module
+import train as train_module
+from data.hf import SYMBOLS, from_pretrained, load_tokenizer, read_config, save_pretrained
+from mask import MASKS, annealed, causal, loss_positions
+from model import GPT, GPTConfig
+from sample import load_chat
+from train import Settings, load_checkpoint, train
+
+sys.path.insert(0, str(ROOT / "demos"))
+import finetune as finetune_module
+from finetune import LINEAR, Finetune, add_lora, finetune, memory, merge_lora
+
+TINY = dict(n_layer=2, n_head=2, n_embd=32, batch_size=2, block_size=256, eval_interval=1000, dtype="float32", device="cpu")
+FOLDER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=256, vocab_size=260, rms_norm_eps=1e-6, rope_theta=10000.0)
+
+
+def make_folder(folder, **options):
+    """A random checkpoint in the Hugging Face format: a Qwen2 whose tokens are the bytes and those of ChatML."""
+    folder.mkdir(parents=True)
+    config = {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, **FOLDER, **options}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.json").write_text(json.dumps(SYMBOLS))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {256 + i: {"content": t, "special": True} for i, t in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
+    torch.manual_seed(0)
+    model = GPT(read_config(folder))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.1)
+    (folder / "source").mkdir()
+    (folder / "source" / "config.json").write_text(json.dumps(config))
+    save_pretrained(model, folder / "source", folder)
+    shutil.rmtree(folder / "source")
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path, monkeypatch):
+    import data.loader
+
+    monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
+    path = tmp_path / "chats.jsonl"
+    rng = random.Random(0)
+    dialogues = [sum((json.loads(chat(n, "hello " * rng.randint(1, 3)))["messages"] for _ in range(rng.randint(1, 3))), []) for n in range(60)]
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in dialogues), encoding="utf-8")
+    return str(path)
+
+
+def losses(monkeypatch, *arguments, **settings):
+    """The loss of each step of a run."""
+    seen, original = [], train_module.gradients
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "gradients", lambda *a: seen.append(original(*a)) or seen[-1])
+        train(Settings(**settings), *arguments)
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_parts_add_up_to_the_batch(tmp_path, monkeypatch, chats, mask):
+    """20 steps in 1, 2, 3 and more parts than there are rows: the same losses, and the same weights at the end."""
+    s = dict(TINY, data=chats, mask=mask, max_iters=20, out_dir=str(tmp_path))
+    whole = losses(monkeypatch, **s)
+    weights = load_checkpoint(tmp_path / "ckpt.pt")["model"]
+    for parts in (2, 3, 50):
+        assert (losses(monkeypatch, grad_accum=parts, **s) - whole).abs().max() < 1e-5
+        other = load_checkpoint(tmp_path / "ckpt.pt")["model"]
+        assert all((weights[name] - other[name]).abs().max() < 1e-3 for name in weights)  # Adam divides by what may be small
+
+
+def gradients_of(model, tokens, f):
+    model.zero_grad()
+    loss = model(tokens, f).float().square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and their peak."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, weakref.WeakKeyDictionary()
+        self.count(there)
+
+    def count(self, tensors):
+        for t in tree_leaves(tensors):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage()) not in self.known:
+                self.known[storage] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+
+    def free(self, n):
+        self.live -= n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count(out)
+        return out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=96, n_layer=6, n_head=4, n_embd=32, n_hidden=48, **VARIANTS[variant]))
+    rng = random.Random(1)
+    for number in range(6):
+        tokens, segments = (row.repeat(20, 1) for row in dialogue(rng))
+        f = list(MASKS.values())[number % 3](segments)
+        results, peaks = [], []
+        for model.checkpointing in (False, True):
+            with Live(*model.parameters()) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                results.append(gradients_of(model, tokens, f))
+            peaks.append(live.peak)
+            model.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+        assert tokens.shape[1] < 20 or peaks[1] < 0.7 * peaks[0]
+        with torch.no_grad():
+            assert model(tokens, f).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_an_annealed_mask_lies_between_and_does_not_leak(name):
+    rng, mask = random.Random(2), MASKS[name]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=96, n_layer=3, n_head=2, n_kv_head=2, n_embd=16, n_hidden=24)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    for _ in range(30):
+        tokens, segments = dialogue(rng)
+        steps = [annealed(mask, share)(segments) for share in (0, *sorted(rng.random() for _ in range(3)), 1)]
+        assert torch.equal(steps[0], causal(segments)) and torch.equal(steps[-1], mask(segments))
+        assert all((a <= b).all() for a, b in zip(steps, steps[1:]))
+        f = rng.choice(steps)
+        at = loss_positions(segments, f)[0].nonzero()[:, 0]
+        assert set(loss_positions(segments, mask(segments))[0].nonzero()[:, 0].tolist()) <= set(at.tolist())
+        if len(at):
+            j = int(rng.choice(at.tolist()))
+            changed = tokens.clone()
+            changed[0, j + 1 :] = (changed[0, j + 1 :] + 1) % 50
+            with torch.no_grad():
+                assert torch.equal(model(tokens, f)[0, j], model(changed, f)[0, j])
+
+
+def test_annealing_begins_causal_and_ends_as_the_mask(tmp_path, monkeypatch, chats):
+    s = dict(TINY, data=chats, max_iters=4, out_dir=str(tmp_path))
+    one = {name: losses(monkeypatch, **s, mask=name)[0] for name in ("causal", "ism")}
+    first = losses(monkeypatch, **s, mask="ism", anneal=2)
+    assert first[0] == one["causal"] != one["ism"]
+    seen, original = [], train_module.gradients
+    monkeypatch.setattr(train_module, "gradients", lambda *a: seen.append(a[3]) or original(*a))
+    train(Settings(**s, mask="ism", anneal=2))
+    assert [mask is MASKS["ism"] for mask in seen] == [False, False, True, True]
+
+
+def random_lora(model, rng):
+    """LoRA of random rank on random layers, with B as if trained; returns its settings."""
+    layers = rng.sample(LINEAR, rng.randint(1, 4))
+    add_lora(model, rng.randint(1, 8), rng.choice((1.0, 16.0)), layers)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(p, std=0.1)
+    return layers
+
+
+def test_lora_starts_as_nothing_and_merges_to_the_same(tmp_path):
+    rng = random.Random(3)
+    for number in range(12):
+        torch.manual_seed(number)
+        model = GPT(GPTConfig(vocab_size=50, block_size=96, n_layer=2, n_head=4, n_embd=32, n_hidden=48, **rng.choice(list(VARIANTS.values()))))
+        tokens, segments = dialogue(rng)
+        f = MASKS["ism"](segments)
+        names, before = list(model.state_dict()), model(tokens, f)
+        add_lora(model, 4, 8.0)
+        assert torch.equal(model(tokens, f), before)
+        merge_lora(model)
+        layers = random_lora(model, rng)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained) == 2 * 2 * len(layers) and all(name.endswith((".A", ".B")) for name in trained)
+        tuned = model(tokens, f)
+        gradients_of(model, tokens, f)
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+        assert (tuned - before).abs().max() > 1e-3
+        merge_lora(model)
+        assert list(model.state_dict()) == names and (model(tokens, f) - tuned).abs().max() < 1e-4
+
+
+FAST = dict(max_iters=6, batch_size=2, block_size=64, device="cpu", dtype="float32", learning_rate=1e-2, warmup_iters=0)
+
+
+def test_train_from_a_folder(tmp_path, chats):
+    """The weights and the tokenizer are the folder's; what comes out chats, also from another place without the folder."""
+    folder = make_folder(tmp_path / "folder")
+    start = from_pretrained(folder, 64).state_dict()
+    train(Settings(**{**FAST, "learning_rate": 1e-9}, data=chats, init_from=str(folder), out_dir=str(tmp_path / "out")))
+    state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert all((state["model"][name] - p).abs().max() < 1e-6 for name, p in start.items())
+    assert state["tokenizer"] == load_tokenizer(folder).identity
+    train(Settings(**FAST, data=chats, init_from=str(folder), out_dir=str(tmp_path / "out")))
+    whole = load_checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
+    assert any((whole[name] - p).abs().max() > 1e-3 for name, p in start.items())
+    train(Settings(**{**FAST, "max_iters": 8}, data=chats, init_from=str(folder), out_dir=str(tmp_path / "out"), resume=True))
+    said = load_chat(tmp_path / "out" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send("hello 5")
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    shutil.rmtree(folder)
+    assert load_chat(tmp_path / "moved" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send("hello 5") == said
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": False}, {"checkpointing": True, "grad_accum": 2, "anneal": 3}, {"dtype": "bfloat16"}])
+def test_finetune_writes_a_folder(tmp_path, chats, options):
+    """What is saved is what was trained: the loss on the held-out chats is that of the folder, read again; and it chats."""
+    folder = make_folder(tmp_path / "folder")
+    s = {**FAST, "data": chats, "init_from": str(folder), **options}
+    metrics = finetune(Finetune(**s, out_dir=str(tmp_path / "out")))
+    dtype = getattr(torch, s["dtype"])
+    before, after = (from_pretrained(path, dtype=dtype).state_dict() for path in (folder, tmp_path / "out"))
+    changed = {name.split(".", 2)[-1] for name in before if not torch.equal(before[name], after[name])}
+    linear = {"attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight"}
+    assert changed == linear if options.get("lora", True) else changed > linear
+    again = train(Settings(**{**FAST, "dtype": s["dtype"], "learning_rate": 1e-12, "max_iters": 1}, data=chats,
+                           init_from=str(tmp_path / "out"), out_dir=str(tmp_path / "again")))
+    assert abs(again["loss"] - metrics["loss"]) < (1e-4 if dtype == torch.float32 else 3e-2)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == s["dtype"]
+    assert isinstance(load_chat(tmp_path / "out", "cpu", max_new_tokens=8).send("hello 5"), str)
+
+
+def test_lora_resumes_to_the_bit(tmp_path, chats):
+    folder = make_folder(tmp_path / "folder")
+    s = dict(FAST, data=chats, init_from=str(folder))
+    finetune(Finetune(**s, out_dir=str(tmp_path / "whole")))
+    original = train_module.learning_rate
+    train_module.learning_rate = lambda step, t: original(step, Settings(**{**FAST, "max_iters": 6}))
+    try:
+        finetune(Finetune(**{**s, "max_iters": 3}, out_dir=str(tmp_path / "parts")))
+        finetune(Finetune(**s, out_dir=str(tmp_path / "parts"), resume=True))
+    finally:
+        train_module.learning_rate = original
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()
+
+
+def test_commands(tmp_path, chats, monkeypatch):
+    folder, out = make_folder(tmp_path / "folder"), str(tmp_path / "out")
+    flags = ("--init_from", str(folder), "--data", chats, "--max_iters", "3", "--batch_size", "2", "--block_size", "64", "--device", "cpu", "--out_dir", out)
+    done = run("demos/finetune.py", *flags)
+    assert done.returncode == 0 and f"--ckpt {out}" in done.stdout, done.stderr
+    done = run("sample.py", "--ckpt", out, "--device", "cpu", "--prompt", "hello 3", "--max_new_tokens", "5")
+    assert done.returncode == 0 and done.stdout.startswith("> hello 3"), done.stderr
+    for module, arguments, words in ((train_module, ("--init_from", "no-such"), "no-such/config.json cannot be read"),
+                                     (train_module, (*flags, "--block_size", "999"), "999 are asked for"),
+                                     (finetune_module, (), "--init_from FOLDER is needed"),
+                                     (finetune_module, (*flags, "--layers", "qkv,head"), "qkv,out,up,down"),
+                                     (sample_module, ("--ckpt", f"{out}/ckpt.pt"), "LoRA")):
+        monkeypatch.setattr(sys, "argv", ["x", *arguments])
+        with pytest.raises(SystemExit, match=words) as error:
+            module.main()
+        assert "\n" not in str(error.value)

@@ -1,0 +1,117 @@
+"""Chats with checkpoint folders in the Hugging Face format, against transformers and its chat templates."""
+import json
+import random
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is needed only to check folders of its format")
+from test_chat import run
+from test_hf import FAMILIES, PIECES, SIZES, trained
+
+from data.hf import from_pretrained, load_tokenizer
+from mask import MASKS
+from sample import load_chat
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LLAMA3 = ("{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+          "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+KINDS = {"qwen": ("qwen2", CHATML), "smollm2": ("smollm2", CHATML), "llama3": ("llama3.2", LLAMA3)}
+
+
+def make_folder(kind, folder):
+    """A random model and a trained BPE in one folder, as a published checkpoint has them; returns transformers' tokenizer."""
+    architecture, options = FAMILIES[KINDS[kind][0]]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, "vocab_size": 1600, "max_position_embeddings": 512}, **options)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=trained(kind), bos_token="<|begin_of_text|>" if kind == "llama3" else None)
+    fast.chat_template = KINDS[kind][1]
+    trained(kind).save(str(folder / "tokenizer.json"))
+    return fast
+
+
+def fresh(chat, query):
+    """Logits after one more query, from the cache and from one forward over the whole dialogue."""
+    tokens, segments = chat.layout()
+    more = chat.tokenizer.after + chat.tokenizer.encode_given([{"role": "user", "content": query}])
+    f = chat.mask(torch.tensor([segments + [segments[-1] + 1] * len(more)]))
+    whole = chat.model(torch.tensor([tokens + more]), f)[0, -1]
+    chat.turns.append((more[len(chat.tokenizer.after) :], []))
+    cached = chat.read()
+    chat.turns.pop()
+    chat.cache.length, chat.f = len(tokens), chat.f[:, : len(tokens)]
+    return cached, whole
+
+
+def user(rng):
+    """A random query. A first line break is left out: templates that do not cut it off merge it with the header's."""
+    words = [p for p in PIECES if p.strip() and p.isprintable()]
+    return {"role": "user", "content": "".join(rng.choices(words, k=rng.randint(1, 9))).strip()}
+
+
+@pytest.mark.parametrize("mask", ["ism", "causal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_chats(kind, mask, tmp_path):
+    """After each turn the cache gives the logits of a fresh forward, and each turn is read once."""
+    make_folder(kind, tmp_path)
+    rng = random.Random(kind + mask)
+    for number in range(4):
+        chat = load_chat(tmp_path, "cpu", "float32", mask, system=rng.choice(("", "Be kind.")), temperature=1.0, seed=number, max_new_tokens=9)
+        for _ in range(4):
+            before = len(chat.layout()[0]) if chat.turns else 0
+            chat.send(user(rng)["content"])
+            assert chat.stats["prefill tokens"] + chat.stats["decode tokens"] == len(chat.layout()[0]) - before
+            with torch.inference_mode():
+                cached, whole = fresh(chat, "so?")
+            assert torch.allclose(cached, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_is_the_template(kind, tmp_path):
+    """The tokens of a chat, and of its next query, are those of transformers' chat template, turn by turn."""
+    fast = make_folder(kind, tmp_path)
+    rng = random.Random(kind)
+    template = lambda messages, header: list(fast.apply_chat_template(messages, add_generation_prompt=header, return_dict=False))
+    for number in range(20):
+        chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1) if number == 0 else chat
+        messages = [{"role": "system", "content": "Be kind."}] * (number % 2)
+        chat.messages = []
+        for _ in range(4):
+            messages += [user(rng) for _ in range(rng.choice((1, 1, 2)))] + [{"role": "assistant", "content": user(rng)["content"]}]
+            chat.load(messages)
+            tokens, segments = chat.layout()
+            assert (tokens, segments) == chat.tokenizer.encode_dialogue(messages)
+            assert tokens + chat.tokenizer.after == template(messages, False)
+            query = user(rng)
+            asked = template(messages + [query], True)
+            chat.send(query["content"])
+            assert chat.layout()[0][: len(asked)] == asked
+
+
+def test_greedy_chat_writes_what_transformers_generates(tmp_path):
+    """Causal, two turns: the tokens of transformers' own greedy decoding over the template's ids."""
+    for kind in KINDS:
+        fast = make_folder(kind, tmp_path / kind)
+        chat = load_chat(tmp_path / kind, "cpu", "float32", "causal", max_new_tokens=6)
+        chat.silent = torch.tensor([], dtype=torch.long)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
+        chat.send("Hi, I'm Ann.")
+        ids = fast.apply_chat_template([{"role": "user", "content": "Hi, I'm Ann."}], add_generation_prompt=True, return_dict=False)
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=chat.tokenizer.end, pad_token_id=0)[0]
+        assert (list(ids) + chat.turns[0][1])[: len(out)] == out.tolist()
+
+
+def test_commands_with_a_folder(tmp_path):
+    make_folder("qwen", tmp_path)
+    done = run("sample.py", "--ckpt", str(tmp_path), "--mask", "prefix", "--max_new_tokens", "5", "--prompt", "Hi", "--prompt", "So?")
+    assert done.returncode == 0 and done.stdout.count("> ") >= 2, done.stderr
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (({"vocab_size": 1400}, "vocab_size is 1400"), ({"model_type": "x", "architectures": ["X"]}, "X is not known")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        done = run("sample.py", "--ckpt", str(tmp_path))
+        assert done.returncode != 0 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
