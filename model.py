@@ -53,6 +53,8 @@ class GPTConfig:
         known, self.head_size = self.head_size, self.head_size or self.n_embd // self.n_head
         if (self.n_embd % self.n_head and not known) or self.head_size % 2:
             raise ValueError(f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) times an even head size")
+        if not 0 < self.block_size <= 1 << 20 or not 0 < self.vocab_size <= 1 << 20:
+            raise ValueError(f"block_size ({self.block_size}) and vocab_size ({self.vocab_size}) must be from 1 to {1 << 20:,}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
 

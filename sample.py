@@ -16,10 +16,10 @@ import torch
 
 from data.hf import from_pretrained, load_tokenizer, read_config
 from data.loader import well_formed
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, one_line, printable
 from mask import MASKS, draw, reusable
 from model import GPT, Cache, Decoder, GPTConfig
-from train import Parser, load_checkpoint, pick_device, pick_dtype
+from train import Parser, load_checkpoint, pick_device, pick_dtype, whole_file
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -32,11 +32,6 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     probs, order = logits.softmax(-1).sort(descending=True)
     probs[probs.cumsum(0) - probs >= top_p] = 0  # the smallest set whose probability reaches top_p
     return int(order[torch.multinomial(probs, 1, generator=generator)])
-
-
-def printable(text):
-    """Text without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 class Chat:
@@ -208,6 +203,7 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     return Chat(model.to(device, dtype), tokenizer, MASKS[mask], **settings)
 
 
+MEMORY = "out of memory; --dtype bfloat16 needs half as much, --device cpu uses the computer's own"
 HELP = """/reset      forget the conversation
 /stats      tokens in the cache and the speed of the last turn
 /mask       draw what each token of the dialogue sees
@@ -238,10 +234,10 @@ def command(chat, line):
         print("\n".join(draw(chat.f[0], [ascii(chat.tokenizer.decode([t]))[1:-1][:16] for t in tokens])))
     elif name == "/save" and argument:
         try:
-            with open(argument, "w", encoding="utf-8") as file:
-                json.dump({"messages": chat.messages}, file, indent=1, ensure_ascii=False)
-        except OSError as error:
-            print(f"[not saved: {error}]")
+            with whole_file(pathlib.Path(argument)) as file:
+                file.write(json.dumps({"messages": chat.messages}, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+        except (OSError, ValueError) as error:
+            print(f"[not saved: {one_line(error)}]")
     else:
         print(HELP)
     return False
@@ -255,7 +251,9 @@ def answer(chat, text):
             print(piece, end="", flush=True)
         print()
     except ValueError as error:
-        print(f"[{error}]")
+        print(f"[{one_line(error)}]")
+    except torch.OutOfMemoryError:
+        print(f"[{MEMORY}]")
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -285,11 +283,13 @@ def main():
             with open(a.history, encoding="utf-8") as file:
                 try:
                     saved = json.load(file)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise ValueError(f"{a.history} is not JSON; expected a file that /save wrote") from None
             chat.load(saved.get("messages") if isinstance(saved, dict) else saved)
     except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+        sys.exit(f"sample.py: {one_line(error)}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"sample.py: {MEMORY}")
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     for prompt in a.prompt:
         print(f"> {prompt}")

@@ -9,9 +9,12 @@ import ctypes
 import json
 import os
 import pathlib
+import signal
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -24,7 +27,7 @@ from tqdm import tqdm
 from data.dialogues import NEW_CITIES, NEW_NAMES, PATTERNS
 from data.hf import copy_small_files, from_pretrained, load_tokenizer, read_config
 from data.loader import Split, prepare
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, one_line
 from mask import MASKS, annealed, loss_positions
 from model import GPT, GPTConfig
 
@@ -58,7 +61,7 @@ class Settings:
     n_embd: int = setting(128, "width")
     qkv_bias: bool = setting(False, "biases on queries, keys and values")
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the head")
-    token_shift: bool = setting(True, "add the embedding of the token before")
+    token_shift: bool = setting(True, "before attention, add learned shares of the three positions before")
     answers_only: bool = setting(True, "loss on answers alone, not on queries")
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
     learning_rate: float = setting(0.0, "peak learning rate; 0: 4e-3, with --init_from 2e-5")
@@ -141,25 +144,70 @@ def tune_cpu():
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
+@contextmanager
+def whole_file(path):
+    """A file to write bytes to that takes its name only when all is on the disk; until then what was there stays."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+VERSION = 1  # of what a checkpoint holds
+
+
 def save_checkpoint(path, **state):
-    """Write to a temporary file, flush it, rename: a broken run leaves the last good checkpoint."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write a checkpoint whole or not at all. ValueError, and the last good one stays, if a number in it is not finite."""
+    held = [*state["model"].values(), *(x for slots in state["optimizer"].get("state", {}).values() for x in slots.values())]
+    if not all(x.isfinite().all() for x in held):
+        raise ValueError(diverged(f"a weight is NaN or infinite at step {state['step']}"))
+    try:
+        with whole_file(path) as file:
+            torch.save({"version": VERSION, "torch": str(torch.__version__), **state}, file)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch's own error may hide the system's
+        if not isinstance(reason, OSError):
+            raise
+        raise ValueError(f"{path} cannot be written ({reason.strerror}); the checkpoint before it, if any, is whole") from None
+
+
+def diverged(what):
+    return (f"{what}; the last checkpoint, if any, is from before: go on with --resume and a lower --learning_rate, "
+            "a longer --warmup_iters, a smaller --grad_clip or --dtype float32")
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing or not one of ours."""
-    if not pathlib.Path(path).is_file():
+    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing, of another version or not one of ours.
+
+    The file is not trusted: nothing in it is run, and what is taken of memory is bounded by its size.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("compressed entries, or entries that claim more bytes than there are")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("config", "settings", "tokenizer", "model", "optimizer", "step")}
+        version = state.get("version")
+        if version == VERSION:
+            config, tensors = GPTConfig(**state["config"]), state["model"]
+            with torch.device("meta"):  # shapes without memory
+                shapes = {name: x.shape for name, x in GPT(config).state_dict().items()} if config.n_layer < len(tensors) else {}
+            if {name: x.shape for name, x in tensors.items()} != shapes or not all(x.is_contiguous() for x in tensors.values()):
+                raise ValueError("tensors that are not those of its config")
+            if not all(isinstance(x, str) for x in (state["tokenizer"], state["settings"]["tokenizer"], state["settings"]["mask"])):
+                raise ValueError("settings of a wrong type")
+            return {key: state[key] for key in ("config", "settings", "tokenizer", "model", "optimizer", "step")}
     except Exception as error:  # a damaged file raises many types
         raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); train one with: python train.py") from None
+    raise ValueError(f"{path} is a checkpoint of version {version}; this code reads version {VERSION}. Use the code that wrote it, or train again")
 
 
 def learning_rate(step, s):
@@ -238,6 +286,29 @@ def update(model, optimizer, split, batch, mask, rate, s, device, dtype):
     return loss
 
 
+def until_stopped(batches):
+    """The batches up to Ctrl-C or SIGTERM, so that no step is cut in two; the second time they act as ever."""
+    asked, before = [], {}
+
+    def ask(number, _):
+        asked.append(number)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+        for batch in batches:
+            if asked:
+                return
+            yield batch
+    finally:
+        restore()
+
+
 @torch.no_grad()
 def evaluate(model, split, mask, s, device, dtype):
     """Teacher-forced: the mean loss, and for each answer a row (dialogue, segment, right).
@@ -306,7 +377,11 @@ def train(s, model=None):
         dtype = chosen[0]  # what one CPU is fast in, another may not be
     mask, tokenizer = MASKS[s.mask], load_tokenizer(s.init_from) if s.init_from else Tokenizer(s.tokenizer)
     out = pathlib.Path(s.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # told now, not at the first checkpoint
+    except OSError as error:
+        raise ValueError(f"--out_dir {out} is no folder that can be written ({error.strerror}); name another") from None
     if s.init_from:
         config = read_config(s.init_from, s.block_size)
         if RANK == 0:
@@ -314,8 +389,11 @@ def train(s, model=None):
     else:
         config = model_config(s, tokenizer.vocab_size)
     state = load_checkpoint(out / "ckpt.pt") if s.resume else None
-    if state and GPTConfig(**state["config"]) != config:
-        raise ValueError(f"{out / 'ckpt.pt'} has another model config; --resume needs the same settings")
+    if state:
+        had = {**asdict(GPTConfig(**state["config"])), "tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
+        asked = {**asdict(config), "tokenizer": tokenizer.identity, "mask": s.mask}
+        if differ := [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]:
+            raise ValueError(f"{out / 'ckpt.pt'} has another model config: {'; '.join(differ)}. --resume needs the same settings")
     if LOCAL_RANK:  # the first process of a machine prepares the data, the others find them
         dist.barrier()
     folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed)
@@ -348,7 +426,7 @@ def train(s, model=None):
               f"{len(rows):,} rows of {(rows[:, 2] - rows[:, 1]).mean():.0f} tokens" + (f", {WORLD} processes" if WORLD > 1 else ""))
     bar = tqdm(total=s.max_iters, initial=step, desc="train", unit="step", mininterval=0.5, disable=RANK > 0)
     seen, since, val = 0, time.time(), None
-    for batch in batch_stream(split, rows, s, step):
+    for batch in until_stopped(batch_stream(split, rows, s, step)):
         if step >= s.max_iters:
             break
         current = annealed(mask, step / s.anneal) if step < s.anneal else mask
@@ -359,6 +437,8 @@ def train(s, model=None):
         if step % 20 == 0:
             if WORLD > 1:
                 dist.all_reduce(loss)
+            if not loss.isfinite():
+                raise ValueError(diverged(f"the loss is {loss.item()} at step {step}"))
             bar.set_postfix_str(f"loss {loss.item():.3f}, {seen / (time.time() - since):,.0f} tokens/s"
                                 + (f", held-out right {val:.1%}" if val is not None else ""))
         if step % s.eval_interval == 0 and step < s.max_iters:
@@ -367,6 +447,8 @@ def train(s, model=None):
             checkpoint()
     bar.close()
     checkpoint()
+    if step < s.max_iters:
+        raise KeyboardInterrupt(f"stopped after step {step} of {s.max_iters}; the same flags and --resume go on from {out / 'ckpt.pt'}")
 
     test = Split(folder, "test")
     loss, answers = evaluate(model, test, mask, s, device, dtype)
@@ -396,17 +478,21 @@ def report(m, ckpt):
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         s = parse(Settings, "Train a GPT under a mask on dialogues.")
         m = train(s)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {one_line(error)}")
     except RuntimeError as error:
+        if any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # GPU, CPU
+            sys.exit("train.py: out of memory; lower --batch_size, --block_size, --n_layer or --n_embd, or raise --grad_accum or "
+                     "set --checkpointing")
         if WORLD == 1 or "peer" not in str(error):  # what is left of a connection when its other end has died
             raise
         sys.exit(f"train.py: process {RANK} stops, because another one has stopped; --resume goes on from the last checkpoint")
-    except KeyboardInterrupt:
-        sys.exit("\ntrain.py: stopped; --resume goes on from the last checkpoint, which is written every --eval_interval steps")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"\ntrain.py: {str(stop) or 'stopped; if there is a checkpoint, the same flags and --resume go on from it'}")
     if RANK == 0:
         report(m, f"{s.out_dir}/ckpt.pt")
 

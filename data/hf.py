@@ -10,7 +10,6 @@ numbers. Names, shapes and sizes are all checked before the first number is read
 Each error is a ValueError of one line. A chat format is a row of LAYOUTS, and its default system prompt, where its
 authors' template has one, is left to the caller.
 """
-import base64
 import json
 import math
 import pathlib
@@ -19,7 +18,7 @@ import unicodedata
 
 import torch
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, read_ranks
 from model import GPT, GPTConfig, rope_tables
 
 ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
@@ -68,7 +67,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -128,11 +127,11 @@ def read_safetensors(path):
         raise ValueError(f"{path} is {'cut off' if size >= 0 else 'missing'}")
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")  # of the numbers
-        if start > size:
+        if start > min(size, 100 << 20):
             raise ValueError(f"{path} is cut off within its header, or is no safetensors file")
         try:
             header = dict(json.loads(file.read(start - 8)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f"{path}: the header is not JSON") from None
     raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # (size,)
     tensors = {}
@@ -302,10 +301,9 @@ def load_tokenizer(folder):
         added = {token["content"]: (int(i), token["special"]) for i, token in listed.items()}
     elif (path := folder / "tokenizer.model").exists():
         try:
-            pairs = [line.split() for line in path.read_bytes().splitlines() if line]
-            ranks, pattern = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}, LLAMA3
-        except ValueError:
-            raise ValueError(f"{path} {UNKNOWN}") from None
+            ranks, pattern = dict(read_ranks(path)), LLAMA3
+        except ValueError as error:
+            raise ValueError(f"{error}. It {UNKNOWN}") from None
         added = {token: (len(ranks) + i, True) for token, i in LLAMA3_SPECIAL.items()}
     else:
         raise ValueError(f"{folder} has no tokenizer.json, no vocab.json with merges.txt and no tokenizer.model")

@@ -19,6 +19,7 @@ from data import dialogues
 from data.tokenizer import ROLES
 from mask import one_pass
 
+LONGEST_LINE = 1 << 24  # bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory
 CACHE = pathlib.Path(__file__).parent / "cache"
 
 
@@ -33,17 +34,20 @@ def read_chats(path):
 
     ValueError names the file and the line that is not of this form.
     """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{path}, line {number} is longer than {LONGEST_LINE:,} bytes; put each dialogue on a line of its own")
             if not line.strip():
                 continue
             try:
-                messages = json.loads(line)["messages"]
-            except (ValueError, KeyError, TypeError):
+                messages = json.loads(line.decode("utf-8-sig"))["messages"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 messages = None
             if not well_formed(messages):
+                start = line.strip()[:80].decode("utf-8", "replace")
                 raise ValueError(f'{path}, line {number}: expected {{"messages": [{{"role": "system", "user" or "assistant", '
-                                 f'"content": "text"}}, ...]}}, got {line.strip()[:80]}')
+                                 f'"content": "text"}}, ...]}}, got {start}')
             yield messages
 
 
@@ -68,15 +72,29 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
     data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues. Dialogues longer than block_size
     are cut after the last answer that fits; those without one are dropped. ValueError for a bad file.
     """
-    origin = pathlib.Path(data or dialogues.__file__).read_bytes()
-    key = repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed)).encode() + origin
-    folder = CACHE / hashlib.sha256(key).hexdigest()[:16]
+    key = hashlib.sha256(repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed)).encode())
+    with open(data or dialogues.__file__, "rb") as origin:
+        for part in iter(lambda: origin.read(1 << 20), b""):
+            key.update(part)
+    folder = CACHE / key.hexdigest()[:16]
     if folder.exists():
         return folder
     CACHE.mkdir(exist_ok=True)
     partial = CACHE / f"{folder.name}.{os.getpid()}"  # renamed when whole, so that a broken run leaves no cache
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        write_splits(partial, tokenizer, block_size, data, n_dialogues, seed)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():  # it does if another run was faster
+            raise
+    return folder
+
+
+def write_splits(folder, tokenizer, block_size, data, n_dialogues, seed):
+    """Encode each split into a new folder, see `prepare`."""
+    folder.mkdir()
     cut = dropped = 0
     for split, (n, items) in sources(data, n_dialogues, seed).items():
         tokens, segments, offsets, families = array("I"), array("H"), [0], []
@@ -92,18 +110,13 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
                 offsets.append(len(tokens))
                 families.append(item["family"])
         names = sorted(set(families))
-        np.save(partial / f"{split}.tokens.npy", np.array(tokens, dtype=np.uint32))
-        np.save(partial / f"{split}.segments.npy", np.array(segments, dtype=np.uint16))
-        np.save(partial / f"{split}.offsets.npy", np.array(offsets, dtype=np.int64))
-        np.save(partial / f"{split}.families.npy", np.array([names.index(f) for f in families], dtype=np.uint8))
-        (partial / f"{split}.json").write_text(json.dumps(names), encoding="utf-8")
+        np.save(folder / f"{split}.tokens.npy", np.array(tokens, dtype=np.uint32))
+        np.save(folder / f"{split}.segments.npy", np.array(segments, dtype=np.uint16))
+        np.save(folder / f"{split}.offsets.npy", np.array(offsets, dtype=np.int64))
+        np.save(folder / f"{split}.families.npy", np.array([names.index(f) for f in families], dtype=np.uint8))
+        (folder / f"{split}.json").write_text(json.dumps(names), encoding="utf-8")
     if cut or dropped:
         print(f"{cut} dialogues were cut to {block_size} tokens at the end of an answer, {dropped} had no answer that fits")
-    try:
-        partial.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(partial)
-    return folder
 
 
 def padded_length(length):

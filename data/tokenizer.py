@@ -45,6 +45,9 @@ class Tokenizer:
             n = max([*ranks.values(), *others.values()]) + 1
             added = [layout["header"].format(role=role) for role in ROLES] + [layout["end"]]
             special = {**others, **{token: n + i for i, token in enumerate(added)}}
+        ids = [*ranks.values(), *special.values()]  # tiktoken panics where these do not hold
+        if not all(type(i) is int and 0 <= i < 1 << 21 for i in ids) or len({*ids}) < len(ids) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError(f"the tokenizer '{name}' is damaged: an id is there twice or out of range, or a byte has none")
         self.encoding = tiktoken.Encoding(f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.normalize, self.spoken = normalize, set(spoken)
         self.vocab_size = vocab_size or max([*ranks.values(), *special.values()]) + 1
@@ -107,10 +110,20 @@ class Tokenizer:
         return self.encoding.decode(tokens, errors="replace")
 
 
+def printable(text):
+    """Text without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def one_line(error):
+    """An error's text in one line for the terminal. It may quote a file."""
+    return printable(" ".join(str(error)[:1000].split()))
+
+
 def load_named(name):
     """(ranks, pattern, special tokens) of "nanoism" or of a tiktoken encoding. ValueError if it cannot be had."""
     if name == "nanoism":
-        return load_ranks(), PATTERN, {}
+        return read_ranks(RANKS), PATTERN, {}
     try:
         base = tiktoken.get_encoding(name)
     except Exception as error:  # unknown names and failed downloads come as many types
@@ -120,9 +133,16 @@ def load_named(name):
 
 
 @functools.cache
-def load_ranks():
-    lines = RANKS.read_bytes().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+def read_ranks(path):
+    """{bytes: rank} of a file with a line for each token, its bytes in base 64 and its rank. ValueError if it is damaged."""
+    try:
+        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise ValueError(f"{path} is no rank file: a line is not a token in base 64 and its rank") from None
+    if len(ranks) < len(pairs) or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path} is damaged: a token or a rank stands in it twice, or a rank is left out")
+    return ranks
 
 
 def train_ranks(text, n):

@@ -1,6 +1,7 @@
 """Training: end to end, to the bit, and resumed."""
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_data import chat
 
 from data.dialogues import CITIES, NAMES
 from mask import MASKS
+from model import GPT, GPTConfig
 from train import Settings, learning_rate, load_checkpoint, pick_dtype, save_checkpoint, train
 
 TINY = dict(n_dialogues=300, n_layer=2, n_head=2, n_embd=32, batch_size=2, block_size=256, eval_interval=10, dtype="float32", device="cpu")
@@ -61,11 +63,12 @@ def test_resume_with_another_config_is_told(tmp_path):
 
 def test_checkpoints_are_whole_or_not_at_all(tmp_path):
     path = tmp_path / "ckpt.pt"
-    state = dict(config={}, settings={}, tokenizer="", model={}, optimizer={}, step=1)
+    config = GPTConfig(n_layer=1, n_embd=16, vocab_size=300)
+    state = dict(config=asdict(config), settings=asdict(Settings()), tokenizer="", model=GPT(config).state_dict(), optimizer={}, step=1)
     save_checkpoint(path, **state)
     with pytest.raises(Exception):
         save_checkpoint(path, **{**state, "step": lambda: 0})
-    assert load_checkpoint(path)["step"] == 1
+    assert load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="not a checkpoint"):
         load_checkpoint(path)
