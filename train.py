@@ -200,7 +200,8 @@ def load_checkpoint(path):
             config, tensors = GPTConfig(**state["config"]), state["model"]
             with torch.device("meta"):  # shapes without memory
                 shapes = {name: x.shape for name, x in GPT(config).state_dict().items()} if config.n_layer < len(tensors) else {}
-            if {name: x.shape for name, x in tensors.items()} != shapes or not all(x.is_contiguous() for x in tensors.values()):
+            plain = {name.replace(".linear.", "."): x.shape for name, x in tensors.items() if not name.endswith((".A", ".B"))}  # but for LoRA's
+            if plain != shapes or not all(x.is_contiguous() for x in tensors.values()):
                 raise ValueError("tensors that are not those of its config")
             if not all(isinstance(x, str) for x in (state["tokenizer"], state["settings"]["tokenizer"], state["settings"]["mask"])):
                 raise ValueError("settings of a wrong type")

@@ -20,6 +20,8 @@ from data.tokenizer import ROLES
 from mask import one_pass
 
 LONGEST_LINE = 1 << 24  # bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory
+# ShareGPT's names of the roles; what a tool returns is given to the model, as what a user says is.
+ALIASES = {"human": "user", "gpt": "assistant", "tool": "user", "function": "user", "observation": "user", "function_call": "assistant"}
 CACHE = pathlib.Path(__file__).parent / "cache"
 
 
@@ -30,7 +32,7 @@ def well_formed(messages):
 
 
 def read_chats(path):
-    """Yield the messages of each line {"messages": [{"role", "content"}, ...]} of a JSONL file.
+    """Yield the messages of each line of a JSONL file, {"messages": [{"role", "content"}, ...]} or ShareGPT's {"conversations": [{"from", "value"}, ...]}.
 
     ValueError names the file and the line that is not of this form.
     """
@@ -41,7 +43,12 @@ def read_chats(path):
             if not line.strip():
                 continue
             try:
-                messages = json.loads(line.decode("utf-8-sig"))["messages"]
+                record = json.loads(line.decode("utf-8-sig"))
+                if "messages" in record:
+                    said = [(m["role"], m["content"]) for m in record["messages"]]
+                else:
+                    said = [(m["from"], m["value"]) for m in record["conversations"]]
+                messages = [{"role": ALIASES.get(role, role), "content": text} for role, text in said]
             except (ValueError, KeyError, TypeError, RecursionError):
                 messages = None
             if not well_formed(messages):

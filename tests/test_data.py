@@ -216,3 +216,14 @@ def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
         split = Split(folder, name)
         assert (np.diff(split.offsets) <= 64).all()
         assert all(split.segments[end - 1] % 2 == 0 for end in split.offsets[1:])
+
+
+def test_sharegpt_and_tools_are_the_same_chats(tmp_path):
+    """A chat in ShareGPT's form, and one with a tool's results, are read as what they say in the form of OpenAI."""
+    rng, names = random.Random(0), {"system": ["system"], "user": ["human", "user", "tool", "observation"], "assistant": ["gpt", "assistant"]}
+    chats = [[{"role": rng.choice(list(names)), "content": rng.choice(("", "hi", "<|end|>", "é 3"))} for _ in range(rng.randint(1, 6))] for _ in range(200)]
+    share = [{"conversations": [{"from": rng.choice(names[m["role"]]), "value": m["content"]} for m in chat]} for chat in chats]
+    ours = [{"messages": [{**m, "role": rng.choice(names[m["role"]]), "name": "x"} for m in chat]} for chat in chats]
+    for form in (share, ours):
+        (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, form)), encoding="utf-8")
+        assert list(loader.read_chats(tmp_path / "c.jsonl")) == chats
