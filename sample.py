@@ -127,7 +127,7 @@ class Chat:
                 piece = printable(decoder.decode(self.tokenizer.token_bytes(token)))
                 self.messages[-1]["content"] += piece
                 yield piece
-                if self.cache.length + 2 <= self.size:  # room for the token and for <|end|>
+                if self.cache.length + 3 <= self.size:  # room for the token, for one more at which the caller stops, for <|end|>
                     logits = self.feed(token)
                 elif len(self.turns) > 1:
                     logits = self.read()
@@ -201,6 +201,15 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
             raise ValueError(f"{path} holds other weights than a GPT's, LoRA's maybe; those are merged when the run ends: --ckpt "
                              f"{pathlib.Path(path).parent}") from None
     return Chat(model.to(device, dtype), tokenizer, MASKS[mask], **settings)
+
+
+def read_history(path):
+    """The messages in a file that /save wrote, not checked. ValueError if it is not JSON."""
+    try:
+        saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not JSON; expected a file that /save wrote") from None
+    return saved.get("messages") if isinstance(saved, dict) else saved
 
 
 MEMORY = "out of memory; --dtype bfloat16 needs half as much, --device cpu uses the computer's own"
@@ -280,12 +289,7 @@ def main():
         chat = load_chat(a.ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
                          seed=a.seed, max_new_tokens=a.max_new_tokens, notify=print)
         if a.history:
-            with open(a.history, encoding="utf-8") as file:
-                try:
-                    saved = json.load(file)
-                except (ValueError, RecursionError):
-                    raise ValueError(f"{a.history} is not JSON; expected a file that /save wrote") from None
-            chat.load(saved.get("messages") if isinstance(saved, dict) else saved)
+            chat.load(read_history(a.history))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {one_line(error)}")
     except torch.OutOfMemoryError:

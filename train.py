@@ -164,9 +164,9 @@ VERSION = 1  # of what a checkpoint holds
 
 def save_checkpoint(path, **state):
     """Write a checkpoint whole or not at all. ValueError, and the last good one stays, if a number in it is not finite."""
-    held = [*state["model"].values(), *(x for slots in state["optimizer"].get("state", {}).values() for x in slots.values())]
-    if not all(x.isfinite().all() for x in held):
-        raise ValueError(diverged(f"a weight is NaN or infinite at step {state['step']}"))
+    for slots in (state["model"], *state["optimizer"].get("state", {}).values()):
+        for name, x in slots.items():
+            check_finite(x, state["step"], name)
     try:
         with whole_file(path) as file:
             torch.save({"version": VERSION, "torch": str(torch.__version__), **state}, file)
@@ -177,9 +177,11 @@ def save_checkpoint(path, **state):
         raise ValueError(f"{path} cannot be written ({reason.strerror}); the checkpoint before it, if any, is whole") from None
 
 
-def diverged(what):
-    return (f"{what}; the last checkpoint, if any, is from before: go on with --resume and a lower --learning_rate, "
-            "a longer --warmup_iters, a smaller --grad_clip or --dtype float32")
+def check_finite(x, step, what="the loss"):
+    """ValueError if a number in x, a tensor or a float, is NaN or infinite."""
+    if not torch.as_tensor(x).isfinite().all():
+        raise ValueError(f"{what} is NaN or infinite at step {step}; the last checkpoint, if any, is from before: go on with --resume "
+                         "and a lower --learning_rate, a longer --warmup_iters, a smaller --grad_clip or --dtype float32")
 
 
 def load_checkpoint(path):
@@ -426,7 +428,7 @@ def train(s, model=None):
         print(f"{model.n_params() / 1e6:.2f}M parameters, {s.mask} mask, {device.type} in {str(dtype)[6:]}, "
               f"{len(rows):,} rows of {(rows[:, 2] - rows[:, 1]).mean():.0f} tokens" + (f", {WORLD} processes" if WORLD > 1 else ""))
     bar = tqdm(total=s.max_iters, initial=step, desc="train", unit="step", mininterval=0.5, disable=RANK > 0)
-    seen, since, val = 0, time.time(), None
+    seen, since, val, loss = 0, time.time(), None, torch.zeros(())
     for batch in until_stopped(batch_stream(split, rows, s, step)):
         if step >= s.max_iters:
             break
@@ -438,15 +440,16 @@ def train(s, model=None):
         if step % 20 == 0:
             if WORLD > 1:
                 dist.all_reduce(loss)
-            if not loss.isfinite():
-                raise ValueError(diverged(f"the loss is {loss.item()} at step {step}"))
+            check_finite(loss, step)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {seen / (time.time() - since):,.0f} tokens/s"
                                 + (f", held-out right {val:.1%}" if val is not None else ""))
         if step % s.eval_interval == 0 and step < s.max_iters:
-            _, answers = evaluate(model, Split(folder, "val"), mask, s, device, dtype)
+            val_loss, answers = evaluate(model, Split(folder, "val"), mask, s, device, dtype)
+            check_finite(val_loss, step)
             val = answers[:, 2].mean()
             checkpoint()
     bar.close()
+    check_finite(loss, step)
     checkpoint()
     if step < s.max_iters:
         raise KeyboardInterrupt(f"stopped after step {step} of {s.max_iters}; the same flags and --resume go on from {out / 'ckpt.pt'}")

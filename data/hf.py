@@ -10,6 +10,7 @@ numbers. Names, shapes and sizes are all checked before the first number is read
 Each error is a ValueError of one line. A chat format is a row of LAYOUTS, and its default system prompt, where its
 authors' template has one, is left to the caller.
 """
+import functools
 import json
 import math
 import pathlib
@@ -102,7 +103,7 @@ def read_config(folder, block_size=0):
     elif kind != "default":
         raise ValueError(f"{path}: rope scaling of type {kind} is not supported, only llama3")
     n_embd, n_head, longest = number(c, "hidden_size"), number(c, "num_attention_heads"), number(c, "max_position_embeddings")
-    if c.get("layer_types") not in (None, ["full_attention"] * number(c, "num_hidden_layers")):
+    if not isinstance(types := c.get("layer_types") or [], list) or any(kind != "full_attention" for kind in types):
         raise ValueError(f"{path}: layer_types other than full_attention are not supported")
     if block_size > longest:
         raise ValueError(f"{path}: the context is {longest} tokens, {block_size} are asked for")
@@ -196,6 +197,8 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
     folder = pathlib.Path(folder)
     config = read_config(folder, block_size)
     theirs = read_weights(folder)
+    if config.n_layer > len(theirs):  # before so many layers are made
+        raise ValueError(f"{folder}: config.json has {config.n_layer} layers, the weights are {len(theirs)} tensors")
     with torch.device("meta"):  # shapes without memory, and no time spent on random numbers
         model = GPT(config)
     parts, expected = {}, set()  # ours: {theirs: rows}
@@ -264,6 +267,18 @@ def byte_ranks(path, vocab, merges, whole):
     return {bytes(SYMBOLS[c] for c in token): vocab[token] for token in tokens if token in vocab}
 
 
+def one_error(read):
+    """A reader whose files' JSON may be of any structure: what goes wrong in it is a ValueError that names the folder."""
+    @functools.wraps(read)
+    def reader(folder):
+        try:
+            return read(folder)
+        except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{folder}: the tokenizer's files are damaged ({type(error).__name__}: {error})") from None
+    return reader
+
+
+@one_error
 def load_tokenizer(folder):
     """The Tokenizer of a checkpoint folder: tokenizer.json, or vocab.json and merges.txt, or LLaMA 3's tokenizer.model.
 
@@ -301,7 +316,7 @@ def load_tokenizer(folder):
         added = {token["content"]: (int(i), token["special"]) for i, token in listed.items()}
     elif (path := folder / "tokenizer.model").exists():
         try:
-            ranks, pattern = dict(read_ranks(path)), LLAMA3
+            ranks, pattern = read_ranks(path), LLAMA3
         except ValueError as error:
             raise ValueError(f"{error}. It {UNKNOWN}") from None
         added = {token: (len(ranks) + i, True) for token, i in LLAMA3_SPECIAL.items()}

@@ -45,9 +45,11 @@ class Tokenizer:
             n = max([*ranks.values(), *others.values()]) + 1
             added = [layout["header"].format(role=role) for role in ROLES] + [layout["end"]]
             special = {**others, **{token: n + i for i, token in enumerate(added)}}
-        ids = [*ranks.values(), *special.values()]  # tiktoken panics where these do not hold
-        if not all(type(i) is int and 0 <= i < 1 << 21 for i in ids) or len({*ids}) < len(ids) or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError(f"the tokenizer '{name}' is damaged: an id is there twice or out of range, or a byte has none")
+        ids = [*ranks.values(), *special.values()]  # tiktoken panics or hangs where these do not hold
+        if not all(type(i) is int and 0 <= i < 1 << 21 for i in ids) or len({*ids}) < len(ids):
+            raise ValueError(f"the tokenizer '{name}' is damaged: an id is there twice, or is no number from 0 to {1 << 21:,}")
+        if "" in special or b"" in ranks or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError(f"the tokenizer '{name}' is damaged: a token is empty, or a byte has none")
         self.encoding = tiktoken.Encoding(f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.normalize, self.spoken = normalize, set(spoken)
         self.vocab_size = vocab_size or max([*ranks.values(), *special.values()]) + 1
@@ -120,6 +122,7 @@ def one_line(error):
     return printable(" ".join(str(error)[:1000].split()))
 
 
+@functools.cache
 def load_named(name):
     """(ranks, pattern, special tokens) of "nanoism" or of a tiktoken encoding. ValueError if it cannot be had."""
     if name == "nanoism":
@@ -132,7 +135,6 @@ def load_named(name):
     return base._mergeable_ranks, base._pat_str, base._special_tokens
 
 
-@functools.cache
 def read_ranks(path):
     """{bytes: rank} of a file with a line for each token, its bytes in base 64 and its rank. ValueError if it is damaged."""
     try:

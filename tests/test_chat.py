@@ -58,7 +58,7 @@ def sessions(count):
         chat = make_chat(rng.choice(list(MASKS)), rng.choice((48, 96, 128)), seed=number, token_shift=rng.random() < 0.5,
                          system=rng.choice(("", "Be kind.")))
         for _ in range(rng.randint(1, 8)):
-            text = " ".join(rng.choices(["Ann", "lives", "in", "Rome", "7", "é", "<|end|>"], k=rng.choice((0, 3, 8, 20, 60))))
+            text = " ".join(rng.choices(["Ann", "lives", "in", "Rome", "7", "é", "<|end|>"], k=rng.randint(0, chat.size // rng.choice((1, 3, 12)))))
             chat.temperature, chat.top_k, chat.top_p = rng.choice((0.0, 1.0)), rng.choice((0, 5)), rng.choice((1.0, 0.5))
             chat.max_new_tokens = rng.choice((1, 5, 30, 200))
             if rng.random() < 0.1:
