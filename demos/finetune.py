@@ -89,10 +89,11 @@ SIZES = {
 }
 
 
-def memory(config, tokens, positions, rank=0, layers=LINEAR, checkpointing=False, dtype=torch.bfloat16):
-    """Bytes that a training step takes at most: {"weights", "gradients", "optimizer", "activations", "logits"}.
+def memory(config, rows, length, positions, rank=0, layers=LINEAR, checkpointing=False, dtype=torch.bfloat16):
+    """Bytes at the peak of a training step: {"weights", "gradients", "optimizer", "activations", "working"}.
 
-    tokens: in one part of a batch (see --grad_accum), positions: those with loss. rank 0 trains all weights.
+    rows, length: of one part of a batch (see --grad_accum); positions: those in it with loss. rank 0 trains all weights.
+    activations: what the forward pass keeps. working: the larger of the loss's logits and one block's backward pass.
     """
     with torch.device("meta"):  # counts parameters without memory
         model = GPT(config)
@@ -100,29 +101,31 @@ def memory(config, tokens, positions, rank=0, layers=LINEAR, checkpointing=False
         if rank:
             add_lora(model, rank, 1, layers)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    a = dtype.itemsize  # of what products of matrices take and give
-    copies = a if a < 4 else 0  # autocast keeps one of each weight that is trained, since it is trained in float32
-    weights = (4 + copies) * trained + (0 if trained == total else a * total)
-    stream = a if rank else 4  # of the residual stream: that of the embedding
-    C, H, Hkv, D, hidden = config.n_embd, config.n_head, config.n_kv_head, config.head_size, config.n_hidden
-    # What one block keeps of each token for the backward pass: the stream twice and both norms of it; queries, keys
-    # and values, those with all heads, as a mask needs it; attention's result twice, in two orders; four in the MLP.
-    block = 2 * stream * C + a * (2 * C + (H * D + 2 * H * D) + 2 * H * D + 4 * hidden) + 4 * H + 8
-    kept = stream * C * config.n_layer + block if checkpointing else block * config.n_layer
-    return {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * trained, "activations": tokens * kept,
-            "logits": positions * config.vocab_size * (a + 12)}
+    a = dtype.itemsize  # of what products of matrices take and give; what is frozen is kept in it
+    cast = a if a < 4 else 0  # autocast's copy of each weight that is trained, since those are float32
+    C, H, Hkv, D = config.n_embd, config.n_head, config.n_kv_head, config.head_size
+    # A block keeps for each token: of both norms the input and, to train their weights, the normalized, in float32, and what
+    # they give; queries and keys, keys and values again with all heads, the mask's row in numbers, attention's result; four in the MLP.
+    norms = 2 * C * ((4 if rank else 8) + a)
+    block = norms + a * ((H + Hkv) * D + 3 * H * D + length + 4 * config.n_hidden + rank * len(layers)) + 4 * H + 8
+    kept = (a if rank else 4) * C if checkpointing else block  # the stream between blocks has the dtype of the embedding
+    # In a block's backward pass, which with checkpointing has the block again: four gradients in the MLP, and those of the stream.
+    logits = positions * config.vocab_size * (a + 12)  # in dtype; in float32 the log-softmax and two gradients
+    return {"weights": (4 + cast) * trained + a * (total if rank else 0), "gradients": 4 * trained, "optimizer": 8 * trained,
+            "activations": rows * length * kept * config.n_layer,
+            "working": max(logits, rows * length * (block * checkpointing + 4 * a * config.n_hidden + 12 * C))}
 
 
-def table(tokens=4096, positions=2048):
+def table(rows=4, length=1024):
     """Print the memory of SIZES."""
-    print(f"GB of {tokens:,} tokens at a time, {positions:,} of them with loss, in bfloat16 with --checkpointing; LoRA of rank 16")
-    print(f"{'':14}{'':7}" + "".join(f"{name:>13}" for name in ("weights", "gradients", "optimizer", "activations", "logits", "in all")))
-    for name, (n_embd, n_layer, n_head, n_kv_head, n_hidden, vocab_size, tie) in SIZES.items():
-        config = GPTConfig(vocab_size, tokens, n_layer, n_head, n_kv_head, n_embd, n_hidden, qkv_bias=tie, tie_embeddings=tie)
+    print(f"GB for {rows} rows of {length:,} tokens at a time, half of them with loss, in bfloat16, with --checkpointing; LoRA has rank 16")
+    print(f"{'':21}" + "".join(f"{name:>13}" for name in ("weights", "gradients", "optimizer", "activations", "working", "in all")))
+    for name, (n_embd, n_layer, n_head, n_kv_head, n_hidden, vocab_size, tied) in SIZES.items():
+        config = GPTConfig(vocab_size, length, n_layer, n_head, n_kv_head, n_embd, n_hidden, qkv_bias="Qwen" in name, tie_embeddings=tied)
         for rank in (0, 16):
-            parts = memory(config, tokens, positions, rank, checkpointing=True)
+            parts = memory(config, rows, length, rows * length // 2, rank, checkpointing=True)
             numbers = [*parts.values(), sum(parts.values())]
-            print(f"{name:14}{'LoRA' if rank else 'full':7}" + "".join(f"{n / 1e9:13.2f}" for n in numbers))
+            print(f"{name:14} {'LoRA' if rank else 'full':6}" + "".join(f"{n / 1e9:13.2f}" for n in numbers))
 
 
 def finetune(s):

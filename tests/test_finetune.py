@@ -275,3 +275,62 @@ def test_commands(tmp_path, chats, monkeypatch):
         with pytest.raises(SystemExit, match=words) as error:
             module.main()
         assert "\n" not in str(error.value)
+
+
+class Rows:
+    """Stands for a split: dialogues of one query and one answer, of random tokens."""
+
+    def __init__(self, vocab_size, length):
+        self.vocab_size, self.length = vocab_size, length
+
+    def collate(self, rows):
+        segments = torch.ones(len(rows), self.length, dtype=torch.long)
+        segments[:, self.length // 2 :] = 2
+        return torch.randint(0, self.vocab_size, segments.shape), segments
+
+
+def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
+    """Two steps of training in two parts; there(tensors) is told what is there before. Returns the positions with loss in a part."""
+    model = GPT(config).to(device)
+    if rank:
+        add_lora(model.to(dtype), rank, 1.0)
+        for name, p in model.named_parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+    model.checkpointing = checkpointing
+    there(list(model.parameters()))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    s = Settings(grad_accum=2, block_size=length, device=device)
+    batch, split = torch.arange(2 * rows)[:, None].numpy(), Rows(config.vocab_size, length)
+    for _ in range(2):
+        train_module.gradients(model, split, batch, MASKS["ism"], s, torch.device(device), dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+    return int(loss_positions(split.collate(batch[:rows])[1], MASKS["ism"](split.collate(batch[:rows])[1])).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_arithmetic_of_memory_on_the_cpu(rank, checkpointing, dtype):
+    """Against the bytes of all tensors that are alive at once, of a large and a small vocabulary; rows of more than 256 tokens."""
+    for vocab_size, rows, length in ((2000, 2, 400), (300, 1, 700)):
+        config = GPTConfig(vocab_size, length, n_layer=4, n_head=8, n_kv_head=2, n_embd=128, n_hidden=384, qkv_bias=True)
+        with Live() as live:
+            positions = two_steps(config, rows, length, rank, checkpointing, dtype, "cpu", live.count)
+        expected = sum(memory(config, rows, length, positions, rank, checkpointing=checkpointing, dtype=dtype).values())
+        assert 0.85 < expected / live.peak < 1.15
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_arithmetic_of_memory_on_cuda(rank, checkpointing):
+    """Against what the allocator gave out at most. Fused kernels keep less than is counted, and never much more."""
+    config = GPTConfig(32000, 1024, n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_hidden=2816, qkv_bias=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    positions = two_steps(config, 4, 1024, rank, checkpointing, torch.bfloat16, "cuda", lambda tensors: None)
+    peak = torch.cuda.max_memory_allocated() - before
+    expected = sum(memory(config, 4, 1024, positions, rank, checkpointing=checkpointing).values())
+    assert 0.95 < expected / peak < 1.4
