@@ -489,7 +489,15 @@ def picture(figures, path):
                 axis.plot(every * np.arange(1, len(curve) + 1), curve, style, lw=1.2, color=COLORS[r["row"]],
                           label=None if r["seed"] else f"{r['row']}, {model}")
         axis.set(title=f"4  Lists: {task}" + (", 3 steps" if task == "chain" else ""), xlabel="training steps")
-    for axis in axes.flat:
+    filled = [axis for axis in axes.flat if any(len(line.get_xdata()) for line in axis.lines)
+              and not axis.patches or any(np.isfinite(bar.get_height()) for bar in axis.patches)]
+    for axis in set(axes.flat) - set(filled):  # what was not run yet leaves no empty panel
+        axis.remove()
+    wide, high = min(3, max(1, len(filled))), max(1, -(-len(filled) // 3))
+    grid = figure.add_gridspec(high, wide)
+    figure.set_size_inches(5 * wide, 4.25 * high)
+    for place, axis in zip(grid, filled):
+        axis.set_subplotspec(place)
         axis.set(ylabel="share of answers right", ylim=(0, 1.02))
         axis.grid(alpha=0.2)
         if axis.get_legend_handles_labels()[0]:
