@@ -256,7 +256,7 @@ def main():
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation (auto)")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, under 20 seconds")
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there")
-    parser.add_argument("--out", default="speed.png", metavar="FILE", help="the picture (speed.png)")
+    parser.add_argument("--out", default=str(ROOT / "out" / "speed.png"), metavar="FILE", help="the picture (out/speed.png)")
     a = parser.parse_args()
     try:
         device = pick_device(a.device)
@@ -277,6 +277,7 @@ def main():
         if not a.quick:
             figures["start-up of sample.py beyond import torch, s"] = start_up()
         print("\n".join(f"{name:60} {text}" for name, text in flat(figures)))
+        pathlib.Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         draw(turns, a.out)
         if a.json:
             pathlib.Path(a.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
