@@ -330,5 +330,6 @@ def load_tokenizer(folder):
     for byte in range(256):  # bytes that the vocabulary lacks are left out, as in Hugging Face tokenizers
         ranks.setdefault(bytes([byte]), vocab_size + byte)
     return Tokenizer(name, ranks, pattern, {token: i for token, (i, _) in added.items()}, LAYOUTS[name],
-                     [token for token, (_, special) in added.items() if not special],
+                     # Those of the layout are never read in a text, whatever the file says of them.
+                     [token for token, (_, special) in added.items() if not special and not any(token in part for part in LAYOUTS[name].values())],
                      (lambda text: unicodedata.normalize("NFC", text)) if nfc else str, vocab_size)

@@ -215,7 +215,8 @@ def fuzz(name, folder, n):
     read(folder)
     refused = []
 
-    @settings(max_examples=n, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=n, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck), database=None,
+              derandomize=n < 1000)  # the short count is the same each time
     @given(st.tuples(st.just("bytes"), BYTES) | st.tuples(st.just("tree"), TREES))
     def read_one(change):
         how, changes = change
