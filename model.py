@@ -277,14 +277,21 @@ class GPT(nn.Module):
 
 
 class Decoder:
-    """One token after another, with a batch of one, in float16 or bfloat16 on CUDA from Ampere on.
+    """One token after another, with a batch of one, where Decoder.runs(cache).
 
     Replays a CUDA graph, so that a token costs no Python per layer. The length of the cache is data on the device.
     """
 
+    @staticmethod
+    def runs(cache):
+        """Whether FlashAttention takes this cache: in float16 or bfloat16, on CUDA from Ampere on."""
+        return cache.k.is_cuda and cache.k.dtype != torch.float32 and torch.cuda.get_device_capability(cache.k.device) >= (8, 0)
+
     def __init__(self, model, cache):
         self.model, self.cache, self.graph = model, cache, None
-        self.inputs = torch.zeros(2, 1, dtype=torch.long, device=cache.k.device)  # the token and its place
+        self.token, self.place = torch.zeros(2, 1, dtype=torch.long, device=cache.k.device)  # (1,), (1,)
+        # Where rows (0 to 1) and keys (0 to the length) begin and end, as the kernel for rows of different lengths has it.
+        self.ends = torch.tensor([[0, 1], [0, 0]], dtype=torch.int32, device=cache.k.device)
 
     @torch.inference_mode()
     def __call__(self, token):
@@ -292,7 +299,7 @@ class Decoder:
         place, size = self.cache.length, self.model.config.block_size
         if place >= size:
             raise ValueError(f"{place + 1} tokens do not fit into the context of {size}")
-        for slot, value in zip(self.inputs, (token, place)):
+        for slot, value in ((self.token, token), (self.place, place), (self.ends[1, 1], place + 1)):
             slot.fill_(value)  # a copy from the host would make it wait
         if self.graph is None:
             self.capture()
@@ -301,9 +308,7 @@ class Decoder:
         return self.logits
 
     def step(self):
-        token, place = self.inputs  # (1,), (1,)
-        ends = torch.cat([place * 0, place * 0 + 1, place * 0, place + 1]).int().view(2, 2)
-        return self.model.layers(token[None], ends, self.cache, place, self.model.config.block_size)[0, 0]
+        return self.model.layers(self.token[None], self.ends, self.cache, self.place, self.model.config.block_size)[0, 0]
 
     def capture(self):
         stream = torch.cuda.Stream()  # the first run sets up the libraries, which must not be captured

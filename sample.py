@@ -49,8 +49,7 @@ class Chat:
         self.device, self.size = weight.device, model.config.block_size
         self.generator = torch.Generator().manual_seed(seed)
         self.cache = Cache(model.config, device=weight.device, dtype=weight.dtype)
-        fused = weight.is_cuda and weight.dtype != torch.float32 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-        self.decoder = Decoder(model, self.cache) if fused else None
+        self.decoder = Decoder(model, self.cache) if Decoder.runs(self.cache) else None
         self.silent = torch.tensor(tokenizer.unsayable, device=self.device)
         self.stop = False  # set it from a signal handler or another thread to end the answer
         self.messages = [{"role": "system", "content": system}] if system else []
