@@ -10,6 +10,7 @@ since a shared machine's speed changes within minutes.
 """
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -61,15 +62,15 @@ def training(a, device, dtype):
     s = Settings(n_dialogues=400 if a.quick else 4000)
     tokenizer = Tokenizer(s.tokenizer)
     start = time.perf_counter()
-    characters = sum(len(m["content"]) for d in generate("train", s.n_dialogues) for m in d["messages"])
+    dialogues = list(generate("train", s.n_dialogues))
     generated = time.perf_counter() - start
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:  # our own dialogues as a user's file
+    characters = sum(len(m["content"]) for d in dialogues for m in d["messages"])
+    with tempfile.TemporaryDirectory() as folder:  # our own dialogues as a user's file, written anew: its key is not in the cache
         path = pathlib.Path(folder, "chats.jsonl")
-        path.write_text("\n".join(json.dumps(d) for d in generate("train", s.n_dialogues)), encoding="utf-8")
+        path.write_text("\n".join(json.dumps(d | {"at": time.time()}) for d in dialogues), encoding="utf-8")
         start = time.perf_counter()
-        prepare(tokenizer, s.block_size, str(path), s.n_dialogues, s.seed)
-    seconds = time.perf_counter() - start
+        shutil.rmtree(prepare(tokenizer, s.block_size, str(path), s.n_dialogues, s.seed))
+        seconds = time.perf_counter() - start
     prepared = {"MB/s of a JSONL file": characters / seconds / 1e6, "MB/s of synthetic dialogues, written": characters / generated / 1e6}
     split = Split(prepare(tokenizer, s.block_size, "", s.n_dialogues, s.seed), "train")
     batch = split.batches(split.rows(ism), s.batch_size * s.block_size, seed=0)[0]
@@ -126,14 +127,14 @@ def generator(config, device, dtype, prompt, n):
     with torch.device(device):
         model = GPT(config).to(dtype).eval()
     cache = Cache(config, device=device, dtype=dtype)
-    decoder = Decoder(model, cache) if device.type == "cuda" else None
+    decoder = Decoder(model, cache) if Decoder.runs(cache) else None
 
     @torch.inference_mode()
     def call():
         cache.length = 0
         token = int(model(prompt, None, cache)[0, -1].argmax())
         for _ in range(n - 1):
-            logits = decoder(token) if decoder else model(torch.tensor([[token]]), None, cache)[0, 0]
+            logits = decoder(token) if decoder else model(torch.tensor([[token]], device=device), None, cache)[0, 0]
             token = int(logits.argmax())
 
     return call, model
@@ -181,7 +182,7 @@ def mfu(a, device, dtype):
     FLOPs a token: 6 per parameter, and 6 * n_layer * n_embd * T for the attended half of the T x T scores.
     """
     config, B = GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048), 16
-    T, tokens = config.block_size, torch.randint(0, config.vocab_size, (16, config.block_size), device=device)
+    T, tokens = config.block_size, torch.randint(0, config.vocab_size, (B, config.block_size), device=device)
     segments = (torch.arange(T) // 75 + 1)[None].expand(B, T)
     with torch.device(device):
         model = GPT(config)
@@ -197,7 +198,7 @@ def mfu(a, device, dtype):
         optimizer.zero_grad()
 
     calls = {mask.__name__: lambda f=mask(segments): step(f) for mask in (causal, ism)}
-    seconds = in_turns({**calls}, 5 if a.quick else 20, device)
+    seconds = in_turns(calls, 5 if a.quick else 20, device)
     flops = B * T * (6 * model.n_params() + 6 * config.n_layer * config.n_embd * T)
     return {name: {**ratio(seconds, name, "causal"), "MFU": flops / statistics.median(seconds[name]) / PEAK,
                    "peak GB": torch.cuda.max_memory_allocated() / 1e9} for name in calls}

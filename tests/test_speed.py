@@ -1,18 +1,12 @@
 """demos/speed.py: it runs, and its figures are of the right kind. What they are is no matter of a test."""
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
-
-
-def run(*flags):
-    return subprocess.run([sys.executable, "demos/speed.py", *flags], cwd=ROOT, capture_output=True, text=True)
+from test_chat import run
 
 
 def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
-    done = run("--quick", "--device", "cpu", "--json", str(tmp_path / "speed.json"), "--out", str(tmp_path / "new" / "speed.png"))
+    done = run("demos/speed.py", "--quick", "--device", "cpu", "--json", str(tmp_path / "speed.json"), "--out", str(tmp_path / "new" / "speed.png"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "speed.json").read_text())
@@ -29,5 +23,5 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [(("--device", "tpu"), "tpu"), (("--out", "/dev/null/x.png", "--quick"), "/dev/null")])
 def test_errors_are_one_line(flags, words):
-    done = run(*flags)
+    done = run("demos/speed.py", *flags)
     assert done.returncode != 0 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
