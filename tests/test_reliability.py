@@ -119,7 +119,15 @@ def test_a_signal_ends_in_a_checkpoint_and_a_line(tmp_path, whole):
     assert same(finish(tmp_path, resume=True), whole)
 
 
-def test_stopping_cuts_no_step_and_the_second_time_interrupts():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests were started in the background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_stopping_cuts_no_step_and_the_second_time_interrupts(interruptible):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     steps = []
     for batch in until_stopped(range(100)):
