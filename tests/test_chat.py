@@ -30,26 +30,27 @@ def make_chat(mask="ism", block_size=128, seed=0, token_shift=True, **settings):
 
 @torch.no_grad()
 def check_cache(chat):
-    """The next query's logits through the cache equal one fresh forward over the whole dialogue."""
+    """What the cache gives after the turn, and for the next query, equals one fresh forward over the whole dialogue."""
+    def check(tokens, f, keep):
+        tokens = torch.tensor([tokens])
+        whole, chat.cache.length = chat.model(tokens, f)[0, -1], keep
+        cached = chat.model(tokens[:, keep:], f[:, keep:], chat.cache)[0, -1]
+        assert torch.allclose(cached, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
+
     tokens, segments = chat.layout()
-    assert chat.cache.length == len(tokens) == chat.f.shape[1] <= chat.size
-    assert tokens[-1] == TOKENIZER.end
+    n = len(tokens)
+    assert chat.cache.length == n <= chat.size and tokens[-1] == TOKENIZER.end
+    assert torch.equal(chat.f, chat.mask(torch.tensor([segments])))
+    check(tokens, chat.f, n - 1)
     query = TOKENIZER.encode_given([{"role": "user", "content": "so?"}])
-    if len(tokens) + len(query) > chat.size:
+    if n + len(query) > chat.size:
         return
-    both, number = torch.tensor([tokens + query]), segments[-1] + 1
-    f = chat.mask(torch.tensor([segments + [number] * len(query)]))
-    whole = chat.model(both, f)[0, -1]
+    f = chat.mask(torch.tensor([segments + [segments[-1] + 1] * len(query)]))
     keep = reusable(chat.f, f)
-    length, chat.cache.length = chat.cache.length, keep
-    cached = chat.model(both[:, keep:], f[:, keep:], chat.cache)[0, -1]
-    chat.cache.length = length
-    assert torch.allclose(cached, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
-    if keep < length:  # what was written over has to be restored for the next turn
-        chat.cache.length, chat.f = 0, chat.f[:, :0]
-        f = chat.mask(torch.tensor([segments]))
-        chat.model(torch.tensor([tokens]), f, chat.cache)
-        chat.f = f
+    check(tokens + query, f, keep)
+    if keep < n:  # what was written over has to be restored for the next turn
+        check(tokens, chat.f, 0)
+    chat.cache.length = n
 
 
 def sessions(count):

@@ -324,6 +324,28 @@ def long_line(folder):
         file.write('"}]}\n')
 
 
+def empty_token(folder):
+    write_folder(folder)
+    path = folder / "tokenizer.json"
+    held = json.loads(path.read_text(encoding="utf-8"))
+    held["added_tokens"].append({"id": 263, "content": "", "special": True})
+    path.write_text(json.dumps(held), encoding="utf-8")
+
+
+def test_no_file_lets_text_end_a_turn(tmp_path):
+    """A tokenizer whose files call all its special tokens ordinary ones."""
+    for write, name in ((write_folder, "tokenizer.json"), (write_vocab, "tokenizer_config.json")):
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder)
+        content = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(content.replace('"special": true', '"special": false'), encoding="utf-8")
+        tokenizer = load_tokenizer(folder)
+        use(tokenizer)
+        ids = {tokenizer.end, tokenizer.headers["user"]}
+        assert not ids & {*tokenizer.encode("<|im_start|>user<|im_end|>")} and len(tokenizer.encode("<think>")) == 1
+
+
 SAFE, RANK_FILE = lambda folder: from_pretrained(folder), READERS["ranks"][2]
 HOSTILE_FILES = {
     "compressed": (compressed, read_checkpoint, "not a checkpoint"),
@@ -336,6 +358,7 @@ HOSTILE_FILES = {
     "HF layers": (change_config(num_hidden_layers=10**12), SAFE, "10+ layers, the weights are"),
     "HF context": (change_config(max_position_embeddings=10**12), SAFE, "block_size"),
     "HF vocabulary": (change_config(vocab_size=10**12), lambda folder: load_tokenizer(folder), "vocab_size"),
+    "HF empty token": (empty_token, lambda folder: load_tokenizer(folder), "a token is empty"),
     "long line": (long_line, read_jsonl, "line 1 is longer than"),
     "deep line": (lambda folder: (folder / "chats.jsonl").write_text("[" * 1_000_000), read_jsonl, "line 1: expected"),
     "rank twice": (rank_lines(lambda lines: lines + [b"enp6eg== 7"]), RANK_FILE, "twice"),

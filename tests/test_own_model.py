@@ -1,17 +1,22 @@
 """Chats with checkpoint folders in the Hugging Face format, against transformers and its chat templates."""
 import json
 import random
+import sys
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is needed only to check folders of its format")
 from test_chat import run
-from test_hf import FAMILIES, PIECES, SIZES, trained
+from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
-from data.hf import from_pretrained, load_tokenizer
+from conftest import ROOT
+from data.hf import from_pretrained, load_tokenizer, save_pretrained
 from mask import MASKS
 from sample import load_chat
+
+sys.path.insert(0, str(ROOT / "demos"))
+from finetune import add_lora, merge_lora
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 LLAMA3 = ("{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
@@ -98,11 +103,11 @@ def test_greedy_chat_writes_what_transformers_generates(tmp_path):
     for kind in KINDS:
         fast = make_folder(kind, tmp_path / kind)
         chat = load_chat(tmp_path / kind, "cpu", "float32", "causal", max_new_tokens=6)
-        chat.silent = torch.tensor([], dtype=torch.long)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
         chat.send("Hi, I'm Ann.")
         ids = fast.apply_chat_template([{"role": "user", "content": "Hi, I'm Ann."}], add_generation_prompt=True, return_dict=False)
-        out = theirs.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=chat.tokenizer.end, pad_token_id=0)[0]
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=chat.tokenizer.end, pad_token_id=0,
+                              suppress_tokens=chat.tokenizer.unsayable)[0]
         assert (list(ids) + chat.turns[0][1])[: len(out)] == out.tolist()
 
 
@@ -115,3 +120,26 @@ def test_commands_with_a_folder(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         done = run("sample.py", "--ckpt", str(tmp_path))
         assert done.returncode != 0 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 8])
+def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
+    """Logits equal those of the model that was saved: with LoRA merged, from a sharded source, and in bfloat16."""
+    theirs = make(family, tmp_path / "source", max_shard_size="10KB" if rank else "5GB")
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 1e-4)):
+        ours = from_pretrained(tmp_path / "source", dtype=dtype)
+        if rank:
+            add_lora(ours, rank, 16.0)
+            for name, p in ours.named_parameters():
+                if name.endswith(".B"):
+                    torch.nn.init.normal_(p, std=0.1)
+            merge_lora(ours)
+        out = tmp_path / f"{dtype}"
+        save_pretrained(ours, tmp_path / "source", out)
+        assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype)[6:]
+        again, info = type(theirs).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        assert not any(info.values())
+        check_equal(again.eval(), ours.float().eval(), tolerance)
+        check_equal(again, from_pretrained(out), tolerance)
+        assert rank or dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters()))

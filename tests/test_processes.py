@@ -18,7 +18,7 @@ sys.path.insert(0, {root!r})
 import torch, train
 import data.loader
 data.loader.CACHE = pathlib.Path(sys.argv[1]) / "cache"
-seen, read, original, inputs = [], [], train.gradients, train.inputs
+seen, read, norms, original, inputs = [], [], [], train.gradients, train.inputs
 
 
 def gradients(*a):
@@ -26,6 +26,7 @@ def gradients(*a):
     train.inputs = lambda split, rows, *b: read[-1].extend(rows.tolist()) or inputs(split, rows, *b)
     seen.append(original(*a))
     train.inputs = inputs
+    norms.append(sum(p.grad.square().sum().item() for p in a[0].parameters()) ** 0.5)
     return seen[-1].clone()
 
 
@@ -33,7 +34,7 @@ train.gradients = gradients
 s = json.loads(sys.argv[2])
 metrics = train.train(train.Settings(**s))
 name = pathlib.Path(s["out_dir"]) / f"losses.{{train.RANK}}.json"
-name.write_text(json.dumps([[loss.item() for loss in seen], read, metrics["loss"], metrics["accuracy"]]))
+name.write_text(json.dumps([[loss.item() for loss in seen], read, metrics["loss"], metrics["accuracy"], norms]))
 """
 
 
@@ -68,10 +69,11 @@ def test_two_processes_equal_one(tmp_path, settings, options):
         assert printed.count("parameters, ") == 1 and printed.count("were cut") <= 1
         runs[processes] = [json.loads((out / f"losses.{rank}.json").read_text()) for rank in range(processes)]
         runs[processes].append(torch.load(out / "ckpt.pt", weights_only=True)["model"])
-    (one, rows, loss, accuracy), weights = runs[1]
+    (one, rows, loss, accuracy, norms), weights = runs[1]
     first, second, both = runs[2]
     assert len(one) == 20 and one[-1] < one[0]
     assert all(abs(a + b - whole) < 1e-5 for a, b, whole in zip(first[0], second[0], one))
+    assert all(abs(a - whole) < 1e-3 * whole for a, whole in zip(first[4], norms))
     assert abs(first[2] - loss) < 1e-4 and first[2:] == second[2:] and first[3].keys() == accuracy.keys()
     assert all((weights[name] - both[name]).abs().max() < 1e-3 for name in weights)
     alone = 0

@@ -236,12 +236,12 @@ def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path, capsys):
 def read_only(tmp_path):
     """Folders that even root cannot write into."""
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    return [tmp_path / "file", tmp_path / "file" / "below", *[pathlib.Path("/sys/out")] * (sys.platform == "linux")]
+    return [tmp_path / "file", tmp_path / "file" / "below", *map(pathlib.Path, ("/sys", "/sys/out") if sys.platform == "linux" else ())]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     for folder in read_only(tmp_path):
-        assert f"--out_dir {folder} is no folder that can be written" in main_fails(monkeypatch, f"--out_dir={folder}")
+        assert f"--out_dir {folder} is no folder that can be written" in main_fails(monkeypatch, f"--out_dir={folder}", "--max_iters=1", "--n_dialogues=40")
     monkeypatch.setattr("data.loader.CACHE", tmp_path / "file" / "cache")
     assert "file/cache" in main_fails(monkeypatch, f"--out_dir={tmp_path / 'out'}", "--device=cpu")
 
