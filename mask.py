@@ -6,7 +6,9 @@ Everything that a mask decides is one integer per token: f(j), how many leading 
 
     segments  (B, T) integers: 0 is padding (on the right), odd is a query segment (given to the model),
               even is an answer segment (written by it); numbers never decrease along a dialogue.
-    f         (B, T) integers: row j may attend to the columns 0 .. f[j] - 1.
+              data/tokenizer.py lays a dialogue out.
+    f         (B, T) integers: row j may attend to the columns 0 .. f[j] - 1. The paper counts from 1: the f[j] of a
+              tensor is its f(j + 1), so causal is f[j] = j + 1.
 
 All the rest follows from f: the dense mask, where there is loss, and what a KV cache may keep.
 To add a mask, write one such function and put it into MASKS. `python mask.py` draws them.
@@ -26,12 +28,16 @@ def ism(segments):
     T = segments.shape[1]
     last = torch.ones_like(segments, dtype=torch.bool)  # (B, T) the last token of each segment
     last[:, :-1] = segments[:, 1:] != segments[:, :-1]
+    # The nearest last token at or after each one: a running minimum from the right.
     end = torch.where(last, j, T).flip(1).cummin(1).values.flip(1)  # (B, T) the end of each token's segment
     return torch.where(segments % 2 == 1, end, j)
 
 
 def prefix(segments):
-    """All up to the end of the row's last query sees all of it; what follows is causal (a prefix LM)."""
+    """All up to the end of the row's last query sees all of it; what follows is causal (a prefix LM).
+
+    So f changes as a dialogue goes on, and each turn is trained in a row of its own (see one_pass).
+    """
     j = causal(segments)
     end = torch.where(segments % 2 == 1, j, 0).cummax(1).values[:, -1:]  # (B, 1) the end of the last query
     return torch.maximum(j, end)
@@ -72,7 +78,7 @@ def one_pass(mask):
 
 
 def reusable(old, new):
-    """How many leading entries of a KV cache built under f `old` (1, S) hold under f `new` (1, T).
+    """How many leading entries of one dialogue's KV cache, built under f `old` (1, S), hold under f `new` (1, T).
 
     Rows before the first change keep their f, but those that see a changed row change with it. So the cut
     must also be one that no row before it looks across.

@@ -176,7 +176,7 @@ class Attention(nn.Module):
             else:
                 inputs.index_copy_(1, at + 3, x)
                 past = inputs.index_select(1, at[0] + torch.arange(n + 3, device=at.device))  # (B, n + 3, C)
-            for i, share in enumerate(self.shares):
+            for i, share in enumerate(self.shares):  # the first new token is past[:, 3]: share i weighs what stands i + 1 before
                 x = torch.addcmul(x, past[:, 2 - i : 2 - i + n], share)
         qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
         qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
@@ -272,8 +272,8 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, mask, rope, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a block
             else:
                 x = block(x, mask, rope, None if cache is None else (cache.k[i], cache.v[i], cache.x[i], places, S))
-        x = self.norm(x if at is None else x.flatten(0, 1)[at])
-        return self.head(x)
+        x = self.norm(x if at is None else x.flatten(0, 1)[at])  # (B, n, C) or (N, C)
+        return self.head(x)  # (B, n, V) or (N, V)
 
 
 class Decoder:

@@ -14,12 +14,13 @@ import time
 
 import torch
 
+from data.checkpoint import load_checkpoint, whole_file
 from data.hf import from_pretrained, load_tokenizer, read_config
 from data.loader import well_formed
 from data.tokenizer import Tokenizer, one_line, printable
 from mask import MASKS, draw, reusable
 from model import GPT, Cache, Decoder, GPTConfig
-from train import Parser, load_checkpoint, pick_device, pick_dtype, whole_file
+from train import Parser, pick_device, pick_dtype
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -106,7 +107,7 @@ class Chat:
         self.stop = False
         began = time.perf_counter()
         answer, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
-        self.turns.append((query, answer))
+        self.turns.append((query, answer))  # the answer grows below
         try:
             logits = self.read()
         except BaseException:  # interrupted, or out of memory: as if nothing had been asked
@@ -139,7 +140,7 @@ class Chat:
             self.messages[-1]["content"] += rest
             answer.append(self.tokenizer.end)
             tokens, _ = self.layout()
-            for token in tokens[self.cache.length :]:  # <|end|> alone: among the next query it would see that query
+            for token in tokens[self.cache.length :]:  # <|end|> alone: read with the next query it would need a mask
                 self.feed(token)
             self.f = self.f[:, : self.cache.length]
             self.stats["decode s"] = time.perf_counter() - began - self.stats.get("prefill s", 0)
@@ -158,7 +159,7 @@ class Chat:
             self.cache.length, self.f = 0, self.f[:, :0]
             self.notify(f"[the context of {self.size} tokens is full: the oldest {dropped} turns are forgotten]")
         n = len(tokens)
-        answer = segments[-1] + segments[-1] % 2  # the answer that is being written, or the one to come
+        answer = segments[-1] + segments[-1] % 2  # being written or to come: f is asked for all of it now, and feed only cuts it
         f = self.mask(torch.tensor([segments + [answer] * (self.size - n)]))  # (1, block_size)
         self.cache.length = keep = min(reusable(self.f, f), self.cache.length, n - 1)
         self.f, self.fed = f, n - keep
@@ -273,7 +274,7 @@ def main():
     parser.add_argument("--block_size", type=int, default=0, help="context of a folder in tokens (its own, at most 4096)")
     parser.add_argument("--prompt", action="append", default=[], help="a query instead of the terminal; repeat it for more turns")
     parser.add_argument("--system", default="", help="a system prompt")
-    parser.add_argument("--history", default="", help="go on from a conversation that /save wrote")
+    parser.add_argument("--history", default="", help="go on from a file that /save wrote, or any JSON list of messages")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability (1)")
