@@ -181,8 +181,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
         qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
         if self.q_norm is not None:
-            q, k = qk.split((H, Hkv), 2)  # (B, n, H, D), (B, n, Hkv, D)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)  # (B, n, H + Hkv, D)
+            scale = torch.cat([self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(Hkv, D)])  # (H + Hkv, D)
+            qk = F.rms_norm(qk, (D,), eps=self.q_norm.eps) * scale.to(qk.dtype)  # (B, n, H + Hkv, D)
         cos, sin = (table.to(qk.dtype) for table in rope)  # (n, 1, D)
         qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)  # rotates queries and keys in one go
         q, k = qk.transpose(1, 2).split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)

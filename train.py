@@ -13,8 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data.checkpoint import check_finite, load_checkpoint, save_checkpoint
 from data.dialogues import NEW_CITIES, NEW_NAMES, PATTERNS
 from data.hf import copy_small_files, from_pretrained, load_tokenizer, read_config
 from data.loader import Split, prepare
@@ -44,14 +44,14 @@ def setting(default, help, choices=None):
 class Settings:
     mask: str = setting("ism", "the attention mask", tuple(MASKS))
     data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
-    n_dialogues: int = setting(64000, "synthetic dialogues to train on")
+    n_dialogues: int = setting(80000, "synthetic dialogues to train on")
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
     init_from: str = setting("", "a Hugging Face folder: start from its weights, with its sizes and tokenizer")
     out_dir: str = setting("out", "where the checkpoint and the figures go")
     device: str = setting("auto", "cpu, cuda, mps; auto takes the fastest there is")
     dtype: str = setting("auto", "of the computation; auto tries which is fast", ("auto", "float32", "bfloat16"))
-    max_iters: int = setting(4000, "training steps")
-    batch_size: int = setting(8, "a step holds batch_size * block_size tokens, in as many dialogues as fit")
+    max_iters: int = setting(2400, "training steps")
+    batch_size: int = setting(16, "a step holds batch_size * block_size tokens, in as many dialogues as fit")
     grad_accum: int = setting(1, "parts that a batch is cut into to save memory; their gradients add up to the batch's")
     checkpointing: bool = setting(False, "compute each block again in the backward pass to save memory")
     block_size: int = setting(256, "longest context in tokens")
@@ -60,14 +60,16 @@ class Settings:
     n_kv_head: int = setting(0, "key and value heads; 0: as many as query heads")
     n_embd: int = setting(128, "width")
     qkv_bias: bool = setting(False, "biases on queries, keys and values")
+    qk_norm: bool = setting(True, "norms on queries and keys")
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the head")
     token_shift: bool = setting(True, "before attention, add learned shares of the three positions before")
     answers_only: bool = setting(True, "loss on answers alone, not on queries")
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
-    learning_rate: float = setting(0.0, "peak learning rate; 0: 4e-3, with --init_from 2e-5")
+    learning_rate: float = setting(0.0, "peak learning rate; 0: 1e-2, with --init_from 2e-5")
     warmup_iters: int = setting(50, "steps of linear warm-up")
     decay: float = setting(0.4, "last fraction of the steps, in which the rate falls linearly to 0")
-    weight_decay: float = setting(0.1, "of matrices")
+    muon: bool = setting(True, "Muon for the matrices in the blocks of a new model, AdamW for all else")
+    weight_decay: float = setting(0.05, "of the matrices in the blocks")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
     eval_interval: int = setting(1000, "steps between evaluations and checkpoints")
     seed: int = setting(0, "of the data, the weights and the order")
@@ -81,7 +83,7 @@ class Settings:
                 raise ValueError(f"--{f.name} must be at least {least}, not {getattr(self, f.name)}")
             if f.type is float and not 0 <= getattr(self, f.name) < float("inf"):
                 raise ValueError(f"--{f.name} must be a number from 0 on, not {getattr(self, f.name)}")
-        self.learning_rate = self.learning_rate or (2e-5 if self.init_from else 4e-3)
+        self.learning_rate = self.learning_rate or (2e-5 if self.init_from else 1e-2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,75 +146,6 @@ def tune_cpu():
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-@contextmanager
-def whole_file(path):
-    """A file to write bytes to that takes its name only when all is on the disk; until then what was there stays."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-VERSION = 1  # of what a checkpoint holds
-
-
-def save_checkpoint(path, **state):
-    """Write a checkpoint whole or not at all. ValueError, and the last good one stays, if a number in it is not finite."""
-    for slots in (state["model"], *state["optimizer"].get("state", {}).values()):
-        for name, x in slots.items():
-            check_finite(x, state["step"], name)
-    try:
-        with whole_file(path) as file:
-            torch.save({"version": VERSION, "torch": str(torch.__version__), **state}, file)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch's own error may hide the system's
-        if not isinstance(reason, OSError):
-            raise
-        raise ValueError(f"{path} cannot be written ({reason.strerror}); the checkpoint before it, if any, is whole") from None
-
-
-def check_finite(x, step, what="the loss"):
-    """ValueError if a number in x, a tensor or a float, is NaN or infinite."""
-    if not torch.as_tensor(x).isfinite().all():
-        raise ValueError(f"{what} is NaN or infinite at step {step}; the last checkpoint, if any, is from before: go on with --resume "
-                         "and a lower --learning_rate, a longer --warmup_iters, a smaller --grad_clip or --dtype float32")
-
-
-def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing, of another version or not one of ours.
-
-    The file is not trusted: nothing in it is run, and what is taken of memory is bounded by its size.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("compressed entries, or entries that claim more bytes than there are")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state.get("version")
-        if version == VERSION:
-            config, tensors = GPTConfig(**state["config"]), state["model"]
-            with torch.device("meta"):  # shapes without memory
-                shapes = {name: x.shape for name, x in GPT(config).state_dict().items()} if config.n_layer < len(tensors) else {}
-            plain = {name.replace(".linear.", "."): x.shape for name, x in tensors.items() if not name.endswith((".A", ".B"))}  # but for LoRA's
-            if plain != shapes or not all(x.is_contiguous() for x in tensors.values()):
-                raise ValueError("tensors that are not those of its config")
-            if not all(isinstance(x, str) for x in (state["tokenizer"], state["settings"]["tokenizer"], state["settings"]["mask"])):
-                raise ValueError("settings of a wrong type")
-            return {key: state[key] for key in ("config", "settings", "tokenizer", "model", "optimizer", "step")}
-    except Exception as error:  # a damaged file raises many types
-        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); train one with: python train.py") from None
-    raise ValueError(f"{path} is a checkpoint of version {version}; this code reads version {VERSION}. Use the code that wrote it, or train again")
-
-
 def learning_rate(step, s):
     """Linear warm-up, constant, linear decay to 0."""
     return s.learning_rate * min((step + 1) / (s.warmup_iters + 1), 1, (s.max_iters - step) / (s.decay * s.max_iters + 1))
@@ -228,10 +161,10 @@ def batch_stream(split, rows, s, start):
 
 
 def inputs(split, rows, mask, device, answers_only=True):
-    """Rows -> tokens (B, T) and f (B, T), the positions `at` (N,) in the flattened rows that have loss, their targets (N,).
+    """Rows -> (tokens (B, T), at (N,), targets (N,), f (B, T), segments (B, T)), the last two on the CPU.
 
-    All on the device but f. N is rounded up to a multiple of 64, since kernels are prepared once for each shape:
-    what is added has the target -100, which cross_entropy ignores. Also the segments (B, T), on the CPU.
+    at: the positions in the flattened rows that have loss. N is rounded up to a multiple of 64, since kernels are
+    prepared once for each shape: what is added has the target -100, which cross_entropy ignores.
     """
     tokens, segments = split.collate(rows)
     f = mask(segments)
@@ -244,15 +177,57 @@ def inputs(split, rows, mask, device, answers_only=True):
 
 def model_config(s, vocab_size):
     return GPTConfig(vocab_size=vocab_size, block_size=s.block_size, n_layer=s.n_layer, n_head=s.n_head,
-                     n_kv_head=s.n_kv_head or s.n_head, n_embd=s.n_embd, n_hidden=2 * s.n_embd, qkv_bias=s.qkv_bias,
+                     n_kv_head=s.n_kv_head or s.n_head, n_embd=s.n_embd, n_hidden=2 * s.n_embd, qkv_bias=s.qkv_bias, qk_norm=s.qk_norm,
                      tie_embeddings=s.tie_embeddings, token_shift=s.token_shift)
 
 
+class Muon(torch.optim.AdamW):
+    """AdamW, and Muon for the groups marked so (Jordan et al., 2024; https://kellerjordan.github.io/posts/muon).
+
+    Muon steps along a matrix's momentum with all singular values made about equal, so that no direction is left behind;
+    the size of a step goes with the shape, so that one learning rate serves both (Liu et al., 2025, arXiv:2502.16982).
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}  # shape -> parameters, which are then multiplied together
+            for p in group["params"]:
+                if group["muon"] and p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for (rows, columns), matrices in alike.items():
+                pushes = []
+                for p in matrices:
+                    if not self.state[p]:
+                        self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))  # AdamW wants a step where there is a state
+                    momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                    pushes.append(torch.lerp(p.grad, momentum, 0.95))
+                    p.grad = None  # so that AdamW leaves it alone
+                rate = group["lr"] * 0.1 * max(rows, columns) ** 0.5  # with 0.2 steps are as large as AdamW's
+                for p, push in zip(matrices, equalize(torch.stack(pushes))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(push, alpha=rate)
+        super().step()
+
+
+def equalize(x):
+    """Matrices (N, r, c) with all their singular values moved to about 1, in bfloat16: five steps of a polynomial of x x^T."""
+    if x.shape[1] > x.shape[2]:
+        return equalize(x.mT).mT
+    y = x.bfloat16() / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = y @ y.mT  # (N, r, r)
+        y = 3.4445 * y + torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315) @ y
+    return y.to(x.dtype)
+
+
 def make_optimizer(model, s):
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                             lr=s.learning_rate, betas=(0.9, 0.95), fused=decayed[0].device.type != "mps")
+    """Muon for the matrices in the blocks of a new model, AdamW for all else."""
+    matrices = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("blocks") and p.dim() > 1 and not name.endswith("shares")]
+    ids = set(map(id, matrices))
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay, "muon": s.muon and not s.init_from},
+              {"params": others, "weight_decay": 0.0, "muon": False}]
+    return Muon(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=matrices[0].device.type != "mps")
 
 
 def gradients(model, split, batch, mask, s, device, dtype):

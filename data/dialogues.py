@@ -163,7 +163,7 @@ def expansion(rng, words):
     def row(i):
         if story:
             return " ".join(f"{people[i]} {ATTRIBUTES[key][0].format(values[key][i])}." for key in keys)
-        return f"{people[i]}: {listed(f'{key} {values[key][i]}' for key in keys)}."
+        return " ".join(f"{people[i]}, {key} {values[key][i]}." for key in keys)
 
     start = rng.choice(("Here is a story.", "Read this.")) if story else "Here is a table."
     text = " ".join([start] + [row(i) for i in range(n)])
@@ -171,7 +171,7 @@ def expansion(rng, words):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
         telling, ask, ask_who = ATTRIBUTES[key]
         answer = f"{people[i]} {telling.format(values[key][i])}."
-        if kind < 0.6:
+        if kind < 0.68:
             query = ask.format(people[i])
         elif kind < 0.78:
             query = ask_who.format(values[key][i])

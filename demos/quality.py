@@ -54,12 +54,12 @@ ROWS = {"causal": {"mask": "causal"}, "ism": {"mask": "ism"}, "prefix": {"mask":
         "causal, all tokens": {"mask": "causal", "answers_only": False}}
 MODELS = {"1 layer": {"n_layer": 1}, "2 layers": {"n_layer": 2}, "4 layers": {"n_layer": 4},
           "2 layers, no shift": {"n_layer": 2, "token_shift": False}, "4 layers, no shift": {"n_layer": 4, "token_shift": False},
-          "LLaMA-like": {"n_kv_head": 2, "tie_embeddings": False, "token_shift": False},
-          "Qwen-like": {"n_kv_head": 2, "qkv_bias": True, "token_shift": False}}
+          "LLaMA-like": {"n_kv_head": 2, "tie_embeddings": False, "token_shift": False, "qk_norm": False},
+          "Qwen-like": {"n_kv_head": 2, "qkv_bias": True, "token_shift": False, "qk_norm": False}}
 SWEEP_SEED = 100  # tunes the learning rate and is reported nowhere
-FULL = {"steps": 4000, "seeds": 3, "rates": [4e-3, 8e-3], "others": ["LLaMA-like", "Qwen-like", "4 layers"],
-        "dialogues": 64000, "chats": 300, "longest": 64, "price_steps": 100, "settings": {},
-        "list_steps": 3000, "list_rates": [1e-3, 2e-3], "list_rows": 100000, "every": 50,
+FULL = {"steps": 500, "seeds": 3, "rates": [5e-3, 1e-2], "others": ["LLaMA-like", "Qwen-like"],
+        "dialogues": 24000, "chats": 200, "longest": 64, "price_steps": 50, "settings": {},
+        "list_steps": 400, "list_rates": [5e-3, 1e-2], "list_rows": 20000, "every": 25,
         "lists": [["missing", "2 layers, no shift"], ["missing", "2 layers"], ["missing", "4 layers, no shift"], ["chain", "4 layers"],
                   ["once", "2 layers, no shift"]]}
 QUICK = FULL | {"steps": 6, "seeds": 2, "rates": [4e-3], "others": ["Qwen-like"], "dialogues": 40, "chats": 2, "longest": 4,
@@ -200,7 +200,7 @@ def fit(s, split, vocab_size, check=lambda model, step: None):
 
 
 def settings(run, size, device, dtype):
-    lists = {"max_iters": size["list_steps"], "decay": 0.0}  # a constant rate: the curves do not depend on where they end
+    lists = {"max_iters": size["list_steps"], "batch_size": 8, "decay": 0.0}  # a constant rate: the curves do not depend on where they end
     return Settings(**{"seed": run.seed, "device": device, "dtype": dtype, "n_dialogues": size["dialogues"],
                        "max_iters": size["steps"], **(lists if run.task in TASKS else {}), **ROWS[run.row], **MODELS[run.model],
                        **size["settings"]})

@@ -186,7 +186,7 @@ def mfu(a, device, dtype):
     segments = (torch.arange(T) // 75 + 1)[None].expand(B, T)
     with torch.device(device):
         model = GPT(config)
-    optimizer = make_optimizer(model, Settings())
+    optimizer = make_optimizer(model, Settings(muon=False))
     loss_of = torch.compile(lambda logits: torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))
     model.layers = torch.compile(model.layers)
 

@@ -1,0 +1,80 @@
+"""
+Files that are written whole or not at all, and checkpoints: plain tensors and settings, checked when they are read.
+"""
+import os
+import pathlib
+import zipfile
+from contextlib import contextmanager
+
+import torch
+
+from model import GPT, GPTConfig
+
+
+@contextmanager
+def whole_file(path):
+    """A file to write bytes to that takes its name only when all is on the disk; until then what was there stays."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+VERSION = 1  # of what a checkpoint holds
+
+
+def save_checkpoint(path, **state):
+    """Write a checkpoint whole or not at all. ValueError, and the last good one stays, if a number in it is not finite."""
+    for slots in (state["model"], *state["optimizer"].get("state", {}).values()):
+        for name, x in slots.items():
+            check_finite(x, state["step"], name)
+    try:
+        with whole_file(path) as file:
+            torch.save({"version": VERSION, "torch": str(torch.__version__), **state}, file)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch's own error may hide the system's
+        if not isinstance(reason, OSError):
+            raise
+        raise ValueError(f"{path} cannot be written ({reason.strerror}); the checkpoint before it, if any, is whole") from None
+
+
+def check_finite(x, step, what="the loss"):
+    """ValueError if a number in x, a tensor or a float, is NaN or infinite."""
+    if not torch.as_tensor(x).isfinite().all():
+        raise ValueError(f"{what} is NaN or infinite at step {step}; the last checkpoint, if any, is from before: go on with --resume "
+                         "and a lower --learning_rate, a longer --warmup_iters, a smaller --grad_clip or --dtype float32")
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing, of another version or not one of ours.
+
+    The file is not trusted: nothing in it is run, and what is taken of memory is bounded by its size.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("compressed entries, or entries that claim more bytes than there are")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state.get("version")
+        if version == VERSION:
+            config, tensors = GPTConfig(**state["config"]), state["model"]
+            with torch.device("meta"):  # shapes without memory
+                shapes = {name: x.shape for name, x in GPT(config).state_dict().items()} if config.n_layer < len(tensors) else {}
+            plain = {name.replace(".linear.", "."): x.shape for name, x in tensors.items() if not name.endswith((".A", ".B"))}  # but for LoRA's
+            if plain != shapes or not all(x.is_contiguous() for x in tensors.values()):
+                raise ValueError("tensors that are not those of its config")
+            if not all(isinstance(x, str) for x in (state["tokenizer"], state["settings"]["tokenizer"], state["settings"]["mask"])):
+                raise ValueError("settings of a wrong type")
+            return {key: state[key] for key in ("config", "settings", "tokenizer", "model", "optimizer", "step")}
+    except Exception as error:  # a damaged file raises many types
+        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); train one with: python train.py") from None
+    raise ValueError(f"{path} is a checkpoint of version {version}; this code reads version {VERSION}. Use the code that wrote it, or train again")
