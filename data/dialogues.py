@@ -123,12 +123,14 @@ def recollection(rng, words):
     sums = follow_up(rng, words, turns)
     for turn in range(turns):
         kind = rng.random()
-        if turn == 0 or (kind < 0.2 and facts):
-            new = [facts.pop() for _ in range(min(len(facts), rng.choice((1, 2, 2, 3) if turn == 0 else (1, 2))))]
-            told += new
+        if turn == 0 and kind < 0.2:
+            yield rng.choice(SMALL_TALK)
+        elif not told or (kind < 0.2 and facts):
+            new = [facts.pop() for _ in range(min(len(facts), rng.choice((1, 2) if told else (1, 2, 2, 3))))]
             parts = [rng.choice(fact[1]) for fact in new]
             text = " and ".join(parts) if rng.random() < 0.5 else ". ".join(p[0].upper() + p[1:] for p in parts)
-            greeting = rng.choice(("Hello. ", "Hello! ", "Hi! ", "Hi, ", "", "", "")) if turn == 0 else ""
+            greeting = "" if told else rng.choice(("Hello. ", "Hello! ", "Hi! ", "Hi, ", "", "", ""))
+            told += new
             text = greeting + (text if greeting.endswith(", ") else text[0].upper() + text[1:]) + "."
             yield text, "Nice to meet you." if len(new) > 2 else "Noted. " + " ".join(fact[2] for fact in new)
         elif turn < turns - 1 and kind < 0.45:

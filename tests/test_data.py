@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader as loader
-from data.dialogues import CITIES, FAMILIES, NAMES, NEW_CITIES, NEW_NAMES, generate, split_of
+from data.dialogues import CITIES, FAMILIES, NAMES, NEW_CITIES, NEW_NAMES, SMALL_TALK, generate, split_of
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer, train_ranks
 from mask import MASKS, loss_positions
@@ -91,6 +91,23 @@ def test_recollection_answers_stand_in_earlier_queries():
                 told += m["content"] + " "
             elif m["content"].startswith(("Your name is", "You live in")):
                 assert m["content"].split()[-1][:-1] in told
+
+
+def test_expansion_answers_stand_in_a_sentence_that_was_told():
+    for d in generate("train", 300, families=("expansion",)):
+        told = []
+        for m in d["messages"]:
+            if m["role"] == "user":
+                told += m["content"].split(". ")
+            for said in m["content"][:-1].split(". ") if m["role"] == "assistant" and "Added" not in m["content"] else ():
+                person, *_, value = said.removesuffix(" years old").split()
+                assert any(person in sentence and value in sentence for sentence in told)
+
+
+def test_a_greeting_may_come_first():
+    """It is what people type first."""
+    first = [d["messages"][0]["content"] for d in generate("train", 500, families=("recollection",))]
+    assert 50 < sum(query.capitalize() in (sentence, sentence[:-1]) for query in first for sentence, _ in SMALL_TALK) < 150
 
 
 @settings(max_examples=500, deadline=None)

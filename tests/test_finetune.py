@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 import sample as sample_module
 import train as train_module
+from data.checkpoint import load_checkpoint
 from data.hf import SYMBOLS, from_pretrained, load_tokenizer, read_config, save_pretrained
 from mask import MASKS, annealed, causal, loss_positions
 from model import GPT, GPTConfig
 from sample import load_chat
-from train import Settings, load_checkpoint, train
+from train import Settings, train
 
 sys.path.insert(0, str(ROOT / "demos"))
 import finetune as finetune_module

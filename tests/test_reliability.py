@@ -19,10 +19,11 @@ from test_data import SPECIAL
 from test_train import TINY
 
 import train as module
+from data.checkpoint import load_checkpoint, save_checkpoint, whole_file
 from data.loader import Split, prepare
 from data.tokenizer import one_line, printable
 from sample import command, load_chat, read_history
-from train import Settings, load_checkpoint, save_checkpoint, train, until_stopped, whole_file
+from train import Settings, train, until_stopped
 
 resource = pytest.importorskip("resource", reason="limits and signals as Linux and macOS have them")
 

@@ -1,4 +1,5 @@
 """Training: end to end, to the bit, and resumed."""
+import copy
 import json
 import random
 from dataclasses import asdict
@@ -8,10 +9,11 @@ import torch
 from test_chat import run
 from test_data import chat
 
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.dialogues import CITIES, NAMES
 from mask import MASKS
 from model import GPT, GPTConfig
-from train import Settings, learning_rate, load_checkpoint, pick_dtype, save_checkpoint, train
+from train import Settings, equalize, learning_rate, make_optimizer, pick_dtype, train
 
 TINY = dict(n_dialogues=300, n_layer=2, n_head=2, n_embd=32, batch_size=2, block_size=256, eval_interval=10, dtype="float32", device="cpu")
 
@@ -21,6 +23,48 @@ def test_learning_rate():
     rates = [learning_rate(step, s) for step in range(100)]
     assert rates[0] < 0.1 and rates[10:60] == [1.0] * 50 and 0 < rates[-1] < 0.05
     assert all(a >= b for a, b in zip(rates[60:], rates[61:]))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 24), (2, 24, 64)])
+def test_singular_values_are_moved_to_about_one(shape):
+    """Against the polynomial of the singular values themselves, in float64."""
+    for seed in range(20):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 7 - 3)
+        u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
+        values = values / values.square().sum(1, keepdim=True).sqrt()
+        for _ in range(5):
+            values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+        expected, found = u * values[:, None] @ v, equalize(x)
+        assert found.dtype == torch.float32 and (found - expected).norm() < 0.03 * expected.norm()
+        assert torch.linalg.svdvals(found).median() > 0.6 and torch.linalg.svdvals(found).max() < 1.3
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 16, n_layer=2, n_embd=16, n_hidden=24, token_shift=True, qk_norm=True))
+    twin = copy.deepcopy(model)
+    s = Settings(learning_rate=0.02, weight_decay=0.3)
+    optimizer, plain = make_optimizer(model, s), torch.optim.AdamW(twin.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    matrices = {name for name, p in model.named_parameters() if name.split(".")[-2] in ("qkv", "out", "up", "down")}
+    assert {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]} == {id(p) for name, p in model.named_parameters() if name in matrices}
+    momentum = {}
+    for _ in range(4):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        grads = {}
+        for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = grads[name] = p.grad.clone()
+        optimizer.step()
+        plain.step()
+        for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+            if name not in matrices:
+                assert torch.equal(p, q)
+                continue
+            momentum[name] = 0.95 * momentum.get(name, 0.0) + 0.05 * grads[name]
+            push = equalize((0.05 * grads[name] + 0.95 * momentum[name])[None])[0]
+            expected = before[name] * (1 - 0.02 * 0.3) - 0.02 * 0.1 * max(p.shape) ** 0.5 * push
+            assert (p - expected).norm() < 0.01 * (expected - before[name]).norm()
+    assert not any(group["muon"] for s in (Settings(muon=False), Settings(init_from="x")) for group in make_optimizer(model, s).param_groups)
 
 
 @pytest.mark.parametrize("name", MASKS)
