@@ -10,14 +10,18 @@ since a shared machine's speed changes within minutes.
 """
 import json
 import pathlib
+import pickle
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 
 sys.path.insert(0, str(ROOT := pathlib.Path(__file__).parent.parent))
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from data.dialogues import generate  # noqa: E402
@@ -26,7 +30,7 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from mask import MASKS, causal, ism  # noqa: E402
 from model import GPT, Cache, Decoder, GPTConfig, attention, visible  # noqa: E402
 from sample import Chat  # noqa: E402
-from train import Parser, Settings, make_optimizer, model_config, pick_device, pick_dtype, tune_cpu, update  # noqa: E402
+from train import Parser, Settings, autocast, learning_rate, make_optimizer, model_config, pick_device, pick_dtype, tune_cpu, update  # noqa: E402
 
 SHAPES = {  # of decoding: on a CPU a small model, on a GPU one of the 1B class
     "cpu": dict(vocab_size=1280, block_size=512, n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_hidden=1024),
@@ -204,6 +208,59 @@ def mfu(a, device, dtype):
                    "peak GB": torch.cuda.max_memory_allocated() / 1e9} for name in calls}
 
 
+def nanogpt(a, dtype):
+    """nanoGPT's train.py, as its README has it run on a CPU, and our model on the same tokens, shape and batch, causal with all losses.
+
+    The loss is the mean of ten steps. Ours reaches nanoGPT's last one in fewer steps, so both ratios are told: a step's, and that of the way there.
+    """
+    tokenizer, block, found = Tokenizer(), 256, {}
+    tokens = np.array([t for d in generate("train", 12000) for t in tokenizer.encode_dialogue(d["messages"])[0]], dtype=np.uint16)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in (("train", tokens[:-20000]), ("val", tokens[-20000:])):
+            part.tofile(f"{folder}/{name}.bin")
+        pathlib.Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
+        for layers, heads, width, batch, steps in ((4, 4, 128, 32, 120), (6, 6, 384, 16, 30)):
+            shape = f"--n_layer={layers} --n_head={heads} --n_embd={width} --batch_size={batch} --block_size={block} --max_iters={steps} --lr_decay_iters={steps}"
+            printed = subprocess.run([sys.executable, "train.py", "config/train_shakespeare_char.py", *shape.split(), "--device=cpu", "--compile=False",
+                                      "--eval_iters=1", "--log_interval=1", "--dropout=0.0", "--warmup_iters=20", f"--dataset={folder}",
+                                      f"--out_dir={folder}"], cwd=a.nanogpt, capture_output=True, text=True, check=True).stdout
+            theirs = [(float(loss), float(ms) / 1000) for loss, ms in re.findall(r"iter \d+: loss ([\d.]+), time ([\d.]+)ms", printed)]
+            ours = plain_training(replace(GPTConfig(tokenizer.vocab_size, block, layers), n_head=heads, n_kv_head=heads, n_embd=width,
+                                          n_hidden=round(width / 3) * 8, head_size=0), tokens[:-20000], batch, steps, dtype)
+            loss = {name: [statistics.mean(x for x, _ in run[i : i + 10]) for i in range(steps - 9)]
+                    for name, run in (("nanoGPT", theirs[:steps]), ("ours", ours))}
+            seconds = {name: statistics.median(s for _, s in run[5:]) for name, run in (("nanoGPT", theirs), ("ours", ours))}
+            there = next((10 + i for i, x in enumerate(loss["ours"]) if x <= loss["nanoGPT"][-1]), None)
+            found[f"{layers} layers, width {width}"] = {
+                **{f"{name}, tokens/s": batch * block / s for name, s in seconds.items()}, "times as fast a step": seconds["nanoGPT"] / seconds["ours"],
+                **{f"{name}, loss after {steps} steps": curve[-1] for name, curve in loss.items()}, "ours, steps to nanoGPT's last loss": there,
+                "times as fast to nanoGPT's last loss": there and steps * seconds["nanoGPT"] / (there * seconds["ours"])}
+    return found
+
+
+def plain_training(config, tokens, batch, steps, dtype):
+    """Random pieces of a text, causal, with all losses -> (loss, seconds) of each step."""
+    torch.manual_seed(0)
+    rng, model = np.random.default_rng(0), GPT(config)
+    s = Settings(max_iters=steps, warmup_iters=20)
+    optimizer, run = make_optimizer(model, s), []
+    for step in range(steps):
+        start = time.perf_counter()
+        at = rng.integers(len(tokens) - config.block_size, size=(batch, 1)) + np.arange(config.block_size + 1)
+        pieces = torch.from_numpy(tokens[at].astype(np.int64))  # (B, T + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, s)
+        with autocast(torch.device("cpu"), dtype):
+            logits = model(pieces[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), pieces[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.append((loss.item(), time.perf_counter() - start))
+    return run
+
+
 def start_up():
     """Seconds from `python sample.py` to its prompt, beyond `import torch`: the least of three runs each."""
     with tempfile.TemporaryDirectory() as folder:
@@ -246,6 +303,7 @@ def draw(turns, path):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (way, seconds), style in zip(turns.items(), ("o-", "s--", "^-", "v:")):
         axes.plot(range(1, len(seconds) + 1), [1000 * x for x in seconds], style, label=way)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="turn of the chat", ylabel="time to the first token in ms", ylim=(0, None), title="A query of the same length at each turn")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -256,10 +314,13 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda (auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation (auto)")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, under 20 seconds")
+    parser.add_argument("--nanogpt", default="", metavar="FOLDER", help="a checkout of nanoGPT to train beside (minutes, on the CPU)")
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there")
     parser.add_argument("--out", default=str(ROOT / "out" / "speed.png"), metavar="FILE", help="the picture (out/speed.png)")
     a = parser.parse_args()
     try:
+        if a.nanogpt and not pathlib.Path(a.nanogpt, "config", "train_shakespeare_char.py").is_file():
+            raise ValueError(f"--nanogpt {a.nanogpt} is no checkout of github.com/karpathy/nanoGPT")
         device = pick_device(a.device)
         tune_cpu()
         dtype = pick_dtype(a.dtype, device)
@@ -275,6 +336,8 @@ def main():
         figures["decoding"] = decoding(a, device, dtype)
         if device.type == "cuda":
             figures["124M training step"] = mfu(a, device, dtype)
+        if a.nanogpt:
+            figures["training beside nanoGPT"] = nanogpt(a, dtype)
         if not a.quick:
             figures["start-up of sample.py beyond import torch, s"] = start_up()
         print("\n".join(f"{name:60} {text}" for name, text in flat(figures)))

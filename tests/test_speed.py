@@ -21,7 +21,7 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("flags, words", [(("--device", "tpu"), "tpu"), (("--out", "/dev/null/x.png", "--quick"), "/dev/null")])
+@pytest.mark.parametrize("flags, words", [(("--device", "tpu"), "tpu"), (("--nanogpt", "nowhere"), "nowhere"), (("--out", "/dev/null/x.png", "--quick"), "/dev/null")])
 def test_errors_are_one_line(flags, words):
     done = run("demos/speed.py", *flags)
     assert done.returncode != 0 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
