@@ -76,6 +76,18 @@ def sessions(count):
                 check_cache(chat)
 
 
+def test_a_loaded_history_is_laid_out_as_in_training():
+    rng, chat = random.Random(3), make_chat()
+    for _ in range(200):
+        say = lambda role: {"role": role, "content": " ".join(rng.choices(["Ann", "Rome", "7", "é", "<|end|>"], k=rng.randint(0, 4)))}
+        messages = [say("system")] * rng.randint(0, 1)
+        for _ in range(rng.randint(1, 4)):
+            messages += [say("user") for _ in range(rng.choice((1, 1, 2)))] + [say("assistant")]
+        chat.messages = []
+        chat.load(messages)
+        assert chat.layout() == TOKENIZER.encode_dialogue(messages)
+
+
 def test_random_sessions():
     sessions(40)
 
