@@ -20,7 +20,7 @@ from data.loader import well_formed
 from data.tokenizer import Tokenizer, one_line, printable
 from mask import MASKS, draw, reusable
 from model import GPT, Cache, Decoder, GPTConfig
-from train import Parser, pick_device, pick_dtype
+from train import Parser, out_of_memory, pick_device, pick_dtype
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -212,7 +212,7 @@ def read_history(path):
     return saved.get("messages") if isinstance(saved, dict) else saved
 
 
-MEMORY = "out of memory; --dtype bfloat16 needs half as much, --device cpu uses the computer's own"
+MEMORY = "out of memory; --dtype bfloat16 needs half as much, a smaller --block_size less for the cache, --device cpu uses the computer's own"
 HELP = """/reset      forget the conversation
 /stats      tokens in the cache and the speed of the last turn
 /mask       draw what each token of the dialogue sees
@@ -261,7 +261,9 @@ def answer(chat, text):
         print()
     except ValueError as error:
         print(f"[{one_line(error)}]")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         print(f"[{MEMORY}]")
     finally:
         signal.signal(signal.SIGINT, before)
@@ -292,7 +294,9 @@ def main():
             chat.load(read_history(a.history))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {one_line(error)}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         sys.exit(f"sample.py: {MEMORY}")
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     for prompt in a.prompt:

@@ -457,6 +457,11 @@ def report(m, ckpt):
     print("\nchat with it: python sample.py" + (f" --ckpt {ckpt}" if ckpt != "out/ckpt.pt" else ""))
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError of torch says so, of a GPU's memory or of the computer's."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
@@ -465,7 +470,7 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {one_line(error)}")
     except RuntimeError as error:
-        if any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # GPU, CPU
+        if out_of_memory(error):
             sys.exit("train.py: out of memory; lower --batch_size, --block_size, --n_layer or --n_embd, or raise --grad_accum or "
                      "set --checkpointing")
         if WORLD == 1 or "peer" not in str(error):  # what is left of a connection when its other end has died

@@ -18,6 +18,7 @@ from test_chat import TOKENIZER, check_cache, make_chat, run
 from test_data import SPECIAL
 from test_train import TINY
 
+import sample
 import train as module
 from data.checkpoint import load_checkpoint, save_checkpoint, whole_file
 from data.loader import Split, prepare
@@ -376,6 +377,19 @@ def test_bad_input_at_the_terminal(trained):
     out = done.stdout.decode("utf-8")
     assert out.count("[the query is too long for the context of 256 tokens]") == 1
     assert "/help       this" in out and all(c.isprintable() or c in "\n\t" for c in out)
+
+
+def test_a_chat_that_runs_out_of_memory(trained, monkeypatch, capsys):
+    """A tensor of 4 PB is asked for in place of the cache, then in place of an answer's logits."""
+    too_much = lambda *_, **__: torch.empty(1 << 50)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu", "--prompt", "Hello!", "--prompt", "Hi!"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "Cache", too_much)
+        with pytest.raises(SystemExit, match="^sample.py: out of memory; [^\n]*--block_size[^\n]*$"):
+            sample.main()
+    monkeypatch.setattr(sample.Chat, "feed", too_much)
+    sample.main()
+    assert capsys.readouterr().out.count("[out of memory; ") == 2
 
 
 def test_errors_that_quote_a_file_drive_no_terminal(tmp_path):
