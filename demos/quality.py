@@ -59,7 +59,7 @@ MODELS = {"1 layer": {"n_layer": 1}, "2 layers": {"n_layer": 2}, "4 layers": {"n
 SWEEP_SEED = 100  # tunes the learning rate and is reported nowhere
 FULL = {"steps": 500, "seeds": 3, "rates": [5e-3, 1e-2], "others": ["LLaMA-like", "Qwen-like"],
         "dialogues": 24000, "chats": 200, "longest": 64, "price_steps": 50, "settings": {},
-        "list_steps": 400, "list_rates": [5e-3, 1e-2], "list_rows": 20000, "every": 25,
+        "list_steps": 600, "list_rates": [2e-3, 5e-3], "list_rows": 20000, "every": 25,
         "lists": [["missing", "2 layers, no shift"], ["missing", "2 layers"], ["missing", "4 layers, no shift"], ["chain", "4 layers"],
                   ["once", "2 layers, no shift"]]}
 QUICK = FULL | {"steps": 6, "seeds": 2, "rates": [4e-3], "others": ["Qwen-like"], "dialogues": 40, "chats": 2, "longest": 4,
@@ -519,14 +519,14 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation (auto)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs beside each other (as many as there are cores)")
-    parser.add_argument("--steps", type=int, default=FULL["steps"], help=f"of a full run ({FULL['steps']}); lists take 3/4")
+    parser.add_argument("--steps", type=int, default=FULL["steps"], help=f"of a full run ({FULL['steps']}); lists take 6/5")
     parser.add_argument("--seeds", type=int, default=FULL["seeds"], help=f"of a full run ({FULL['seeds']})")
     args = parser.parse_args()
     if args.jobs < 1 or args.steps < 1 or not 1 <= args.seeds <= 10:
         parser.error("expected --jobs >= 1, --steps >= 1, --seeds from 1 to 10")
     training = args.quick or args.full or args.plan
     path, out = Path(args.json or HERE / ("out" if training else "") / "quality.json"), Path(args.out)
-    size = QUICK if args.quick else FULL | {"steps": args.steps, "list_steps": max(1, args.steps * 3 // 4), "seeds": args.seeds}
+    size = QUICK if args.quick else FULL | {"steps": args.steps, "list_steps": max(1, args.steps * 6 // 5), "seeds": args.seeds}
     try:
         figures = {"size": size, "made": [], "price": {}, "runs": []}
         if not args.quick and (path.exists() or not training):
