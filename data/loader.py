@@ -107,8 +107,8 @@ def write_splits(folder, tokenizer, block_size, data, n_dialogues, seed):
         tokens, segments, offsets, families = array("I"), array("H"), [0], []
         for item in tqdm(items, total=n, desc=f"prepare {split}", unit=" dialogues", leave=False):
             t, s = tokenizer.encode_dialogue(item["messages"])
-            if len(t) > block_size:
-                ends = [i for i in range(1, block_size + 1) if s[i - 1] % 2 == 0 and s[i] != s[i - 1]]
+            if len(t) > block_size or max(s, default=0) < 2:
+                ends = [i for i in range(1, min(len(t), block_size + 1)) if s[i - 1] % 2 == 0 and s[i] != s[i - 1]]
                 cut, dropped = cut + bool(ends), dropped + (not ends)
                 t, s = t[: max(ends, default=0)], s[: max(ends, default=0)]
             if t:
@@ -116,6 +116,8 @@ def write_splits(folder, tokenizer, block_size, data, n_dialogues, seed):
                 segments.extend(s)
                 offsets.append(len(tokens))
                 families.append(item["family"])
+        if split == "train" and not families:
+            raise ValueError(f"none of the dialogues to train on has an answer that fits into {block_size} tokens; raise --block_size")
         names = sorted(set(families))
         np.save(folder / f"{split}.tokens.npy", np.array(tokens, dtype=np.uint32))
         np.save(folder / f"{split}.segments.npy", np.array(segments, dtype=np.uint16))
@@ -123,7 +125,7 @@ def write_splits(folder, tokenizer, block_size, data, n_dialogues, seed):
         np.save(folder / f"{split}.families.npy", np.array([names.index(f) for f in families], dtype=np.uint8))
         (folder / f"{split}.json").write_text(json.dumps(names), encoding="utf-8")
     if cut or dropped:
-        print(f"{cut} dialogues were cut to {block_size} tokens at the end of an answer, {dropped} had no answer that fits")
+        print(f"{cut} dialogues were cut to {block_size} tokens at the end of an answer, {dropped} had no answer that fits and were left out")
 
 
 def padded_length(length):

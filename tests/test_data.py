@@ -235,6 +235,17 @@ def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
         assert all(split.segments[end - 1] % 2 == 0 for end in split.offsets[1:])
 
 
+def test_dialogues_without_an_answer_are_left_out(cache, capsys):
+    """A batch of them would have no loss, and a mean over nothing is NaN."""
+    alone = [json.dumps({"messages": [{"role": "user", "content": f"Anyone? {n}"}]}) for n in range(40)]
+    path = write(cache / "chats.jsonl", alone + [chat(n) for n in range(20)])
+    folder = prepare(TOKENIZER, 64, path)
+    kept = [Split(folder, name) for name in ("train", "val", "test")]
+    assert sum(len(split.families) for split in kept) == 20 and "40 had no answer that fits" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="none of the dialogues"):
+        prepare(TOKENIZER, 64, write(cache / "alone.jsonl", alone))
+
+
 def test_sharegpt_and_tools_are_the_same_chats(tmp_path):
     """A chat in ShareGPT's form, and one with a tool's results, are read as what they say in the form of OpenAI."""
     rng, names = random.Random(0), {"system": ["system"], "user": ["human", "user", "tool", "observation"], "assistant": ["gpt", "assistant"]}
