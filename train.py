@@ -223,9 +223,10 @@ def equalize(x):
 
 def make_optimizer(model, s):
     """Muon for the matrices in the blocks of a new model, AdamW for all else."""
-    matrices = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("blocks") and p.dim() > 1 and not name.endswith("shares")]
-    ids = set(map(id, matrices))
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if name.startswith("blocks") and p.dim() > 1 and not name.endswith("shares") else others).append(p)
     groups = [{"params": matrices, "weight_decay": s.weight_decay, "muon": s.muon and not s.init_from},
               {"params": others, "weight_decay": 0.0, "muon": False}]
     return Muon(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=matrices[0].device.type != "mps")

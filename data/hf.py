@@ -19,6 +19,7 @@ import unicodedata
 
 import torch
 
+from data.checkpoint import whole_file
 from data.tokenizer import Tokenizer, read_ranks
 from model import GPT, GPTConfig, rope_tables
 
@@ -244,11 +245,10 @@ def save_pretrained(model, source, folder):
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the numbers begin at a multiple of 8
-    with open(folder / "model.safetensors.partial", "wb") as file:
+    with whole_file(folder / "model.safetensors") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             file.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    (folder / "model.safetensors.partial").replace(folder / "model.safetensors")  # whole or not at all
 
 
 def byte_ranks(path, vocab, merges, whole):

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from data.checkpoint import whole_file
 from data.dialogues import PATTERNS, generate
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer
@@ -302,9 +303,8 @@ def load(path):
 
 
 def save(figures, path):
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write((json.dumps(figures, indent=1) + "\n").encode())
 
 
 def one_thread(threads):

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 
 sys.path.insert(0, str(ROOT := pathlib.Path(__file__).parent.parent))
 import numpy as np  # noqa: E402
@@ -225,8 +224,8 @@ def nanogpt(a, dtype):
                                       "--eval_iters=1", "--log_interval=1", "--dropout=0.0", "--warmup_iters=20", f"--dataset={folder}",
                                       f"--out_dir={folder}"], cwd=a.nanogpt, capture_output=True, text=True, check=True).stdout
             theirs = [(float(loss), float(ms) / 1000) for loss, ms in re.findall(r"iter \d+: loss ([\d.]+), time ([\d.]+)ms", printed)]
-            ours = plain_training(replace(GPTConfig(tokenizer.vocab_size, block, layers), n_head=heads, n_kv_head=heads, n_embd=width,
-                                          n_hidden=round(width / 3) * 8, head_size=0), tokens[:-20000], batch, steps, dtype)
+            config = GPTConfig(tokenizer.vocab_size, block, layers, heads, heads, width, n_hidden=round(width / 3) * 8)
+            ours = plain_training(config, tokens[:-20000], batch, steps, dtype)
             loss = {name: [statistics.mean(x for x, _ in run[i : i + 10]) for i in range(steps - 9)]
                     for name, run in (("nanoGPT", theirs[:steps]), ("ours", ours))}
             seconds = {name: statistics.median(s for _, s in run[5:]) for name, run in (("nanoGPT", theirs), ("ours", ours))}
