@@ -76,7 +76,7 @@ class Cache:
 
 
 def visible(f, n, S, device="cpu"):
-    """What attention is told about n new rows over S keys: None (all is seen), "causal", a boolean mask or a BlockMask.
+    """The attn_mask of n new rows over S keys: None (all is seen), "causal", a boolean mask or a BlockMask.
 
     f (B, n) or None (causal). It is looked at here, so it should be on the CPU: looking at it on a GPU would
     make the host wait. An f beyond S sees all there is. What is returned is on the device.
@@ -109,29 +109,29 @@ def blocks(f, S, size=128):
                                     column.int(), size, lambda b, h, i, j: j < f[b, i], (n, S))
 
 
-def attention(q, k, v, mask):
-    """q (B, H, n, D), k and v (B, Hkv, S, D), mask from `visible` on their device -> (B, H, n, D)."""
+def attention(q, k, v, attn_mask):
+    """q (B, H, n, D), k and v (B, Hkv, S, D), attn_mask from `visible` on their device -> (B, H, n, D)."""
     B, H, n, D = q.shape
     groups = H // k.shape[1]
-    if isinstance(mask, torch.Tensor) and mask.dtype == torch.int32:
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.int32:
         # Inside a CUDA graph: where rows and keys begin and end, on the device. At 2,048 tokens 3.0 times, at 8,192
         # 5.9 times as fast as SDPA with a row of a mask.
         row, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, H, D), (S, Hkv, D)
-        y, *_ = torch.ops.aten._flash_attention_forward(row, keys, values, *mask, 1, k.shape[2], 0.0, False, False)
+        y, *_ = torch.ops.aten._flash_attention_forward(row, keys, values, *attn_mask, 1, k.shape[2], 0.0, False, False)
         return y.view(B, H, n, D)
-    if isinstance(mask, BlockMask):
-        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=groups > 1)
+    if isinstance(attn_mask, BlockMask):
+        return compiled(flex_attention)(q, k, v, block_mask=attn_mask, enable_gqa=groups > 1)
     if n == 1:  # the heads of a group become rows of one head, so that the cache is not copied for each
-        return F.scaled_dot_product_attention(q.reshape(B, -1, groups, D), k, v, mask).view(B, H, 1, D)
+        return F.scaled_dot_product_attention(q.reshape(B, -1, groups, D), k, v, attn_mask).view(B, H, 1, D)
     # The backward of SDPA on the CPU is slow for short rows: a step of the default run took 1.3 times as long with it.
-    short = mask is not None and q.requires_grad and q.device.type == "cpu" and k.shape[2] <= 256
-    if not short and not isinstance(mask, torch.Tensor):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", enable_gqa=groups > 1)
+    short = attn_mask is not None and q.requires_grad and q.device.type == "cpu" and k.shape[2] <= 256
+    if not short and not isinstance(attn_mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=attn_mask == "causal", enable_gqa=groups > 1)
     if groups > 1:  # no fused kernel takes both a mask and grouped heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if not short:
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    allowed = mask if isinstance(mask, torch.Tensor) else torch.ones(n, n, dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask)
+    allowed = attn_mask if isinstance(attn_mask, torch.Tensor) else torch.ones(n, n, dtype=torch.bool).tril()
     bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
     scores = torch.add(bias, q @ k.mT, alpha=D**-0.5)  # (B, H, n, S)
     return scores.softmax(-1) @ v
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         # Random shares keep the positions apart: equal ones of 0.3 left the loss at 0.92 after 600 steps, these at 0.73.
         self.shares = nn.Parameter(0.5 * torch.randn(3, config.n_embd)) if config.token_shift else None
 
-    def forward(self, x, mask, rope, cached=None):
+    def forward(self, x, attn_mask, rope, cached=None):
         (B, n, C), (H, Hkv, D) = x.shape, self.sizes
         if cached is not None:
             keys, values, inputs, at, S = cached  # the cache of this layer, the new tokens' places in it, its tokens in all
@@ -191,7 +191,7 @@ class Attention(nn.Module):
             keys.index_copy_(2, at, k)
             values.index_copy_(2, at, v)
             k, v = keys[:, :, :S], values[:, :, :S]  # views: the cache is never copied
-        y = attention(q, k, v, mask)  # (B, H, n, D)
+        y = attention(q, k, v, attn_mask)  # (B, H, n, D)
         return self.out(y.transpose(1, 2).reshape(B, n, H * D))
 
 
@@ -214,8 +214,8 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, rope, cached=None):
-        x = x + self.attention(self.norm1(x), mask, rope, cached)
+    def forward(self, x, attn_mask, rope, cached=None):
+        x = x + self.attention(self.norm1(x), attn_mask, rope, cached)
         return x + self.mlp(self.norm2(x))
 
 
@@ -257,21 +257,21 @@ class GPT(nn.Module):
         end = start + n
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
-        mask = visible(f, n, end, tokens.device)
-        logits = self.layers(tokens, mask, cache, torch.arange(start, end, device=tokens.device), end, at)
+        attn_mask = visible(f, n, end, tokens.device)
+        logits = self.layers(tokens, attn_mask, cache, torch.arange(start, end, device=tokens.device), end, at)
         if cache is not None:
             cache.length = end
         return logits
 
-    def layers(self, tokens, mask, cache, places, S, at=None):
-        """Tokens (B, n) at their places (n,) among the S keys that the mask from `visible` is about -> logits."""
+    def layers(self, tokens, attn_mask, cache, places, S, at=None):
+        """Tokens (B, n) at their places (n,) among the S keys that attn_mask is about -> logits."""
         x = self.embed(tokens)  # (B, n, C)
         rope = self.cos[places], self.sin[places]  # (n, 1, D)
         for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, rope, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a block
+                x = checkpoint(block, x, attn_mask, rope, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a block
             else:
-                x = block(x, mask, rope, None if cache is None else (cache.k[i], cache.v[i], cache.x[i], places, S))
+                x = block(x, attn_mask, rope, None if cache is None else (cache.k[i], cache.v[i], cache.x[i], places, S))
         x = self.norm(x if at is None else x.flatten(0, 1)[at])  # (B, n, C) or (N, C)
         return self.head(x)  # (B, n, V) or (N, V)
 

@@ -340,6 +340,49 @@ def needs_new_word(split, answers, tokenizer):
     return np.array([any(word in text for word in NEW_NAMES + NEW_CITIES) for text in texts], dtype=bool)
 
 
+def connect(device, dtype):
+    """Join the processes that torchrun started: the dtype of the first, since what one CPU is fast in another may not be."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.broadcast_object_list(chosen := [dtype], device=device)
+    return chosen[0]
+
+
+def make_folder(path):
+    """The folder at a path, made if need be. ValueError if it cannot be written: told now, not at the first checkpoint."""
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out_dir {folder} is no folder that can be written ({error.strerror}); name another") from None
+    return folder
+
+
+def load_state(path, config, identity, mask):
+    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is not the one that is asked for."""
+    state = load_checkpoint(path)
+    had = {**asdict(GPTConfig(**state["config"])), "tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
+    asked = {**asdict(config), "tokenizer": identity, "mask": mask}
+    if differ := [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]:
+        raise ValueError(f"{path} has another model config: {'; '.join(differ)}. --resume needs the same settings")
+    return state
+
+
+def measure(model, folder, tokenizer, mask, s, device, dtype):
+    """The metrics of a trained model on the dialogues held out for the end."""
+    test = Split(folder, "test")
+    loss, answers = evaluate(model, test, mask, s, device, dtype)
+    accuracy, by_turn = summary(test, answers)
+    metrics = {"accuracy": accuracy, "accuracy_by_turn": by_turn, "loss": loss, "parameters": model.n_params(), "settings": asdict(s)}
+    if not s.data:
+        new = Split(folder, "new_words")
+        _, answers = evaluate(model, new, mask, s, device, dtype)
+        metrics["accuracy_new_words"] = summary(new, answers[needs_new_word(new, answers, tokenizer)])[0]
+    return metrics
+
+
 def train(s, model=None):
     """Train by the settings; returns the metrics. model: one that is there already, for --init_from.
 
@@ -350,30 +393,16 @@ def train(s, model=None):
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
     if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        dist.broadcast_object_list(chosen := [dtype], device=device)
-        dtype = chosen[0]  # what one CPU is fast in, another may not be
+        dtype = connect(device, dtype)
     mask, tokenizer = MASKS[s.mask], load_tokenizer(s.init_from) if s.init_from else Tokenizer(s.tokenizer)
-    out = pathlib.Path(s.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # told now, not at the first checkpoint
-    except OSError as error:
-        raise ValueError(f"--out_dir {out} is no folder that can be written ({error.strerror}); name another") from None
+    out = make_folder(s.out_dir)
     if s.init_from:
         config = read_config(s.init_from, s.block_size)
         if RANK == 0:
             copy_small_files(s.init_from, out)  # so that out_dir, with its tokenizer, can be moved to another machine
     else:
         config = model_config(s, tokenizer.vocab_size)
-    state = load_checkpoint(out / "ckpt.pt") if s.resume else None
-    if state:
-        had = {**asdict(GPTConfig(**state["config"])), "tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
-        asked = {**asdict(config), "tokenizer": tokenizer.identity, "mask": s.mask}
-        if differ := [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]:
-            raise ValueError(f"{out / 'ckpt.pt'} has another model config: {'; '.join(differ)}. --resume needs the same settings")
+    state = load_state(out / "ckpt.pt", config, tokenizer.identity, s.mask) if s.resume else None
     if LOCAL_RANK:  # the first process of a machine prepares the data, the others find them
         dist.barrier()
     folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed)
@@ -395,15 +424,15 @@ def train(s, model=None):
         for block in model.blocks:
             block.compile(dynamic=True)
     network = DistributedDataParallel(model) if WORLD > 1 else model
+    if RANK == 0:
+        print(f"{model.n_params() / 1e6:.2f}M parameters, {s.mask} mask, {device.type} in {str(dtype)[6:]}, "
+              f"{len(rows):,} rows of {(rows[:, 2] - rows[:, 1]).mean():.0f} tokens" + (f", {WORLD} processes" if WORLD > 1 else ""))
 
     def checkpoint():
         if RANK == 0:
             save_checkpoint(out / "ckpt.pt", config=asdict(config), settings=asdict(s), tokenizer=tokenizer.identity,
                             model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
-    if RANK == 0:
-        print(f"{model.n_params() / 1e6:.2f}M parameters, {s.mask} mask, {device.type} in {str(dtype)[6:]}, "
-              f"{len(rows):,} rows of {(rows[:, 2] - rows[:, 1]).mean():.0f} tokens" + (f", {WORLD} processes" if WORLD > 1 else ""))
     bar = tqdm(total=s.max_iters, initial=step, desc="train", unit="step", mininterval=0.5, disable=RANK > 0)
     seen, since, val, loss = 0, time.time(), None, torch.zeros(())
     for batch in until_stopped(batch_stream(split, rows, s, step)):
@@ -431,15 +460,7 @@ def train(s, model=None):
     if step < s.max_iters:
         raise KeyboardInterrupt(f"stopped after step {step} of {s.max_iters}; the same flags and --resume go on from {out / 'ckpt.pt'}")
 
-    test = Split(folder, "test")
-    loss, answers = evaluate(model, test, mask, s, device, dtype)
-    accuracy, by_turn = summary(test, answers)
-    metrics = {"accuracy": accuracy, "accuracy_by_turn": by_turn, "loss": loss, "parameters": model.n_params(), "settings": asdict(s)}
-    if not s.data:
-        new = Split(folder, "new_words")
-        _, answers = evaluate(model, new, mask, s, device, dtype)
-        metrics["accuracy_new_words"] = summary(new, answers[needs_new_word(new, answers, tokenizer)])[0]
-    metrics["seconds"] = time.time() - began
+    metrics = {**measure(model, folder, tokenizer, mask, s, device, dtype), "seconds": time.time() - began}
     if RANK == 0:
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     if WORLD > 1:

@@ -29,7 +29,7 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from mask import MASKS, causal, ism  # noqa: E402
 from model import GPT, Cache, Decoder, GPTConfig, attention, visible  # noqa: E402
 from sample import Chat  # noqa: E402
-from train import Parser, Settings, autocast, learning_rate, make_optimizer, model_config, pick_device, pick_dtype, tune_cpu, update  # noqa: E402
+from train import Parser, Settings, learning_rate, make_optimizer, model_config, pick_device, pick_dtype, tune_cpu, update  # noqa: E402
 
 SHAPES = {  # of decoding: on a CPU a small model, on a GPU one of the 1B class
     "cpu": dict(vocab_size=1280, block_size=512, n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_hidden=1024),
@@ -213,10 +213,11 @@ def nanogpt(a, dtype):
     The loss is the mean of ten steps. Ours reaches nanoGPT's last one in fewer steps, so both ratios are told: a step's, and that of the way there.
     """
     tokenizer, block, found = Tokenizer(), 256, {}
-    tokens = np.array([t for d in generate("train", 12000) for t in tokenizer.encode_dialogue(d["messages"])[0]], dtype=np.uint16)
+    split = Split(prepare(tokenizer, block, "", 12000), "train")
+    end = len(split.tokens) - 20000  # what follows is for nanoGPT's validation
     with tempfile.TemporaryDirectory() as folder:
-        for name, part in (("train", tokens[:-20000]), ("val", tokens[-20000:])):
-            part.tofile(f"{folder}/{name}.bin")
+        for name, part in (("train", split.tokens[:end]), ("val", split.tokens[end:])):
+            part.astype(np.uint16).tofile(f"{folder}/{name}.bin")
         pathlib.Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
         for layers, heads, width, batch, steps in ((4, 4, 128, 32, 120), (6, 6, 384, 16, 30)):
             shape = f"--n_layer={layers} --n_head={heads} --n_embd={width} --batch_size={batch} --block_size={block} --max_iters={steps} --lr_decay_iters={steps}"
@@ -225,7 +226,7 @@ def nanogpt(a, dtype):
                                       f"--out_dir={folder}"], cwd=a.nanogpt, capture_output=True, text=True, check=True).stdout
             theirs = [(float(loss), float(ms) / 1000) for loss, ms in re.findall(r"iter \d+: loss ([\d.]+), time ([\d.]+)ms", printed)]
             config = GPTConfig(tokenizer.vocab_size, block, layers, heads, heads, width, n_hidden=round(width / 3) * 8)
-            ours = plain_training(config, tokens[:-20000], batch, steps, dtype)
+            ours = plain_training(config, split, end, batch, steps, dtype)
             loss = {name: [statistics.mean(x for x, _ in run[i : i + 10]) for i in range(steps - 9)]
                     for name, run in (("nanoGPT", theirs[:steps]), ("ours", ours))}
             seconds = {name: statistics.median(s for _, s in run[5:]) for name, run in (("nanoGPT", theirs), ("ours", ours))}
@@ -237,25 +238,17 @@ def nanogpt(a, dtype):
     return found
 
 
-def plain_training(config, tokens, batch, steps, dtype):
-    """Random pieces of a text, causal, with all losses -> (loss, seconds) of each step."""
+def plain_training(config, split, end, batch, steps, dtype):
+    """Random pieces of a split's first `end` tokens, causal, with all losses -> (loss, seconds) of each step."""
     torch.manual_seed(0)
     rng, model = np.random.default_rng(0), GPT(config)
-    s = Settings(max_iters=steps, warmup_iters=20)
+    s = Settings(mask="causal", answers_only=False, max_iters=steps, warmup_iters=20)
     optimizer, run = make_optimizer(model, s), []
     for step in range(steps):
         start = time.perf_counter()
-        at = rng.integers(len(tokens) - config.block_size, size=(batch, 1)) + np.arange(config.block_size + 1)
-        pieces = torch.from_numpy(tokens[at].astype(np.int64))  # (B, T + 1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
-        with autocast(torch.device("cpu"), dtype):
-            logits = model(pieces[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), pieces[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        first = rng.integers(end - config.block_size, size=batch)
+        rows = np.stack([first * 0, first, first + config.block_size], 1)  # pieces of block_size tokens, as rows of dialogues
+        loss = update(model, optimizer, split, rows, causal, learning_rate(step, s), s, torch.device("cpu"), dtype)
         run.append((loss.item(), time.perf_counter() - start))
     return run
 
