@@ -27,7 +27,7 @@ from data.dialogues import generate  # noqa: E402
 from data.loader import Split, prepare  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from mask import MASKS, causal, ism  # noqa: E402
-from model import GPT, Cache, Decoder, GPTConfig, attention, visible  # noqa: E402
+from model import GPT, Cache, Decoder, GPTConfig, attention, pack, visible  # noqa: E402
 from sample import Chat  # noqa: E402
 from train import Parser, Settings, learning_rate, make_optimizer, model_config, pick_device, pick_dtype, tune_cpu, update  # noqa: E402
 
@@ -109,7 +109,7 @@ def first_tokens(a, device, dtype):
     turns, query = (4 if a.quick else 20), "My name is Anna and I live in Rome. " * 4
     config = GPTConfig(vocab_size=Tokenizer().vocab_size, block_size=4096, n_layer=4, n_head=4, n_embd=256, n_hidden=512)
     torch.manual_seed(0)
-    model, tokenizer = GPT(config).to(device, dtype), Tokenizer()
+    model, tokenizer = pack(GPT(config).to(device, dtype)), Tokenizer()
     ways = {"causal": "causal", "ism": "ism", "prefix": "prefix", "ism, no cache between turns": "ism"}
     seconds = {way: [[] for _ in range(turns)] for way in ways}
     for _ in range(1 if a.quick else 3):
@@ -125,10 +125,12 @@ def first_tokens(a, device, dtype):
     return {way: [statistics.median(turn) for turn in found] for way, found in seconds.items()}
 
 
-def generator(config, device, dtype, prompt, n):
-    """A call that writes n tokens, greedily, after a prompt; and its model."""
+def generator(config, device, dtype, prompt, n, int8=False):
+    """A call that writes n tokens, greedily, after a prompt; and how many parameters are read for each."""
     with torch.device(device):
         model = GPT(config).to(dtype).eval()
+    size = model.n_params()
+    pack(model, int8)
     cache = Cache(config, device=device, dtype=dtype)
     decoder = Decoder(model, cache) if Decoder.runs(cache) else None
 
@@ -140,7 +142,7 @@ def generator(config, device, dtype, prompt, n):
             logits = decoder(token) if decoder else model(torch.tensor([[token]], device=device), None, cache)[0, 0]
             token = int(logits.argmax())
 
-    return call, model
+    return call, size
 
 
 def decoding(a, device, dtype):
@@ -148,21 +150,24 @@ def decoding(a, device, dtype):
     n, shape = (8 if a.quick else 32), SHAPES["cuda" if device.type == "cuda" else "cpu"]
     config, tiny = GPTConfig(**shape), GPTConfig(**{**shape, "n_embd": 8, "n_hidden": 8, "head_size": 8, "n_head": 1, "n_kv_head": 1, "vocab_size": 8})
     prompt = torch.ones(1, 16, dtype=torch.long, device=device)
-    ours, model = generator(config, device, dtype, prompt, n)
+    ours, size = generator(config, device, dtype, prompt, n)
     source = torch.ones((1 << 26) if device.type == "cpu" else (1 << 30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls = {"ours": ours, "overhead": generator(tiny, device, dtype, prompt, n)[0], "copy": lambda: target.copy_(source)}
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        calls["ours in int8"] = generator(config, device, dtype, prompt, n, int8=True)[0]
     if theirs := hf_generate(config, device, dtype, prompt, n):
         calls["transformers"] = theirs
     seconds = in_turns(calls, 3 if a.quick else 15, device)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     cached = 2 * config.n_layer * config.n_kv_head * (16 + n // 2) * config.head_size  # numbers, in the middle of the answer
     bandwidth = 2 * source.nbytes / middle["copy"]
-    found = {"tokens/s": n / middle["ours"], "bandwidth GB/s": bandwidth / 1e9,
-             "limit by bytes, tokens/s": bandwidth / ((model.n_params() + cached) * dtype.itemsize), "limit by overhead, tokens/s": n / middle["overhead"]}
+    found = {"bandwidth GB/s": bandwidth / 1e9, "limit by bytes, tokens/s": bandwidth / ((size + cached) * dtype.itemsize),
+             "limit by overhead, tokens/s": n / middle["overhead"], "tokens/s": {name: n / middle[name] for name in calls if name not in ("copy", "overhead")}}
     if theirs:
-        found["transformers, tokens/s"] = n / middle["transformers"]
-        found["times as fast as transformers"] = ratio(seconds, "transformers", "ours")
+        found["times as fast as transformers"] = {name: ratio(seconds, "transformers", name) for name in calls if name.startswith("ours")}
+    if a.llama2c:
+        found["llama2.c in float32, tokens/s"] = llama2c(a.llama2c, config, n)
     return found
 
 
@@ -177,6 +182,26 @@ def hf_generate(config, device, dtype, prompt, n):
         num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, tie_word_embeddings=True, eos_token_id=None,
         pad_token_id=0, max_position_embeddings=config.block_size)).to(device, dtype).eval()
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+
+
+def llama2c(checkout, config, n):
+    """Tokens a second of llama2.c, compiled as its Makefile's runomp does, on as many threads as torch has: the median of 5 runs.
+
+    Its weights are zeros, for which it takes the same time and never writes the token that would end the text.
+    """
+    C, kv = config.n_embd, config.n_kv_head * config.head_size
+    layer = 2 * C + 2 * C * C + 2 * C * kv + 3 * C * config.n_hidden
+    numbers = (config.vocab_size + 1) * C + config.n_layer * layer + config.block_size * config.head_size  # with its tables of rotations
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["gcc", "-Ofast", "-fopenmp", "-march=native", f"{checkout}/run.c", "-lm", "-o", f"{folder}/run"], check=True)
+        header = C, config.n_hidden, config.n_layer, config.n_head, config.n_kv_head, config.vocab_size, config.block_size
+        pathlib.Path(folder, "model.bin").write_bytes(np.array(header, dtype=np.int32).tobytes() + bytes(4 * numbers))
+        word = np.float32(0).tobytes() + np.int32(1).tobytes() + b"a"  # a token's score, length and text
+        pathlib.Path(folder, "tokens.bin").write_bytes(np.int32(1).tobytes() + config.vocab_size * word)
+        run = [f"{folder}/run", f"{folder}/model.bin", "-z", f"{folder}/tokens.bin", "-t", "0", "-n", str(16 + n)]
+        said = [subprocess.run(run, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": str(torch.get_num_threads())}).stderr
+                for _ in range(5)]
+    return statistics.median(float(re.search(r"tok/s: ([\d.]+)", line)[1]) for line in said)
 
 
 def mfu(a, device, dtype):
@@ -307,12 +332,15 @@ def main():
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation (auto)")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, under 20 seconds")
     parser.add_argument("--nanogpt", default="", metavar="FOLDER", help="a checkout of nanoGPT to train beside (minutes, on the CPU)")
+    parser.add_argument("--llama2c", default="", metavar="FOLDER", help="a checkout of llama2.c to decode beside (gcc compiles it)")
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there")
     parser.add_argument("--out", default=str(ROOT / "out" / "speed.png"), metavar="FILE", help="the picture (out/speed.png)")
     a = parser.parse_args()
     try:
         if a.nanogpt and not pathlib.Path(a.nanogpt, "config", "train_shakespeare_char.py").is_file():
             raise ValueError(f"--nanogpt {a.nanogpt} is no checkout of github.com/karpathy/nanoGPT")
+        if a.llama2c and not (shutil.which("gcc") and pathlib.Path(a.llama2c, "run.c").is_file()):
+            raise ValueError(f"--llama2c {a.llama2c} is no checkout of github.com/karpathy/llama2.c, or gcc is not installed")
         device = pick_device(a.device)
         tune_cpu()
         dtype = pick_dtype(a.dtype, device)
@@ -337,7 +365,7 @@ def main():
         draw(turns, a.out)
         if a.json:
             pathlib.Path(a.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"speed.py: {error}")
 
 

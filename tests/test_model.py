@@ -1,4 +1,5 @@
 """The model: equal to a naive reference, no leak, and a cache that changes nothing."""
+import copy
 import itertools
 import random
 
@@ -9,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mask import MASKS, causal, dense, ism, loss_positions, prefix, reusable
-from model import FLEX_FROM, GPT, Cache, Decoder, GPTConfig, attention, blocks, visible
+from model import FLEX_FROM, GPT, Cache, Decoder, GPTConfig, PackedLinear, attention, blocks, pack, visible
 
 VARIANTS = {
     "gpt": dict(n_kv_head=4),
@@ -242,6 +243,26 @@ def test_blocks_are_those_of_the_dense_mask():
         q, k, v = torch.randn(2, 2, n, 16), torch.randn(2, 2, S, 16), torch.randn(2, 2, S, 16)
         expected = F.scaled_dot_product_attention(q, k, v, seen[:, None])
         assert torch.allclose(flex_attention(q, k, v, block_mask=found), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="a CPU without bfloat16")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_weights_give_the_same_logits(variant):
+    rng = random.Random(0)
+    assert isinstance(pack(make(variant)).head, torch.nn.Linear)  # float32 stays as it is
+    for seed in range(10):
+        model = make(variant, seed=seed).bfloat16()
+        packed = pack(copy.deepcopy(model))
+        assert isinstance(packed.head, PackedLinear) and isinstance(packed.blocks[1].attention.qkv, PackedLinear)
+        tokens, segments = dialogue(rng)
+        cut = rng.randint(0, tokens.shape[1] - 1)
+        logits = []
+        for each in (model, packed):
+            with torch.inference_mode():
+                cache = Cache(each.config, dtype=torch.bfloat16)
+                parts = [each(part, None, cache) for part in (tokens[:, :cut], *tokens[:, cut:].split(1, 1)) if part.numel()]
+                logits.append(torch.cat([each(tokens, ism(segments)), *parts], 1).float())
+        assert (logits[0] - logits[1]).norm() <= 0.02 * logits[0].norm()
 
 
 def exact_attention(q, k, v, f):
