@@ -9,7 +9,7 @@ Notable features:
 - nothing here knows about text or dialogues
 """
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -50,6 +50,9 @@ class GPTConfig:
     token_shift: bool = False
 
     def __post_init__(self):
+        for f in fields(self):
+            if not isinstance(value := getattr(self, f.name), (int, float) if f.type is float else f.type):
+                raise ValueError(f"{f.name} must be {f.type.__name__}, not {value!r}")
         known, self.head_size = self.head_size, self.head_size or self.n_embd // self.n_head
         if (self.n_embd % self.n_head and not known) or self.head_size % 2:
             raise ValueError(f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) times an even head size")

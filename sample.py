@@ -24,13 +24,18 @@ from train import Parser, out_of_memory, pick_device, pick_dtype
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """logits (V,) -> a token id: the likeliest if temperature is 0, else drawn from the top_k and the nucleus top_p."""
+    """logits (V,) -> a token id: the likeliest if temperature is 0, else drawn from the top_k and the nucleus top_p.
+
+    ValueError if there is nothing to draw from, since the logits are NaN.
+    """
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.cpu() / temperature  # drawn on the CPU, so that a seed gives the same text on each device
     if top_k:
         logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
     probs, order = logits.softmax(-1).sort(descending=True)
+    if probs.isnan().any():
+        raise ValueError("the model's logits are not numbers; are its weights damaged?")
     probs[probs.cumsum(0) - probs >= top_p] = 0  # the smallest set whose probability reaches top_p
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 

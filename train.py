@@ -370,6 +370,27 @@ def load_state(path, config, identity, mask):
     return state
 
 
+def restore(state, model, optimizer, s, path):
+    """Give a checkpoint's numbers to the model and the optimizer; the step to go on from. ValueError if they do not fit."""
+    model.load_state_dict(state["model"])
+    try:
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+        for group in optimizer.param_groups if state["step"] > 0 else []:
+            names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
+            for p in group["params"]:
+                slots = optimizer.state[p]
+                if set(slots) != names or any(x.shape != (() if name == "step" else p.shape) for name, x in slots.items()):
+                    raise ValueError("slots of another optimizer")
+        if not 0 <= (step := int(state["step"])):
+            raise ValueError("a negative step")
+    except Exception as error:  # a damaged file raises many types
+        raise ValueError(f"{path} has no optimizer state for these settings ({type(error).__name__}); --resume needs the flags of the run "
+                         "that wrote it") from None
+    if step > s.max_iters:
+        raise ValueError(f"{path} is from step {step}; --max_iters must be at least that, not {s.max_iters}")
+    return step
+
+
 def measure(model, folder, tokenizer, mask, s, device, dtype):
     """The metrics of a trained model on the dialogues held out for the end."""
     test = Split(folder, "test")
@@ -415,11 +436,7 @@ def train(s, model=None):
     model = model.to(device)
     model.checkpointing = s.checkpointing
     optimizer = make_optimizer(model, s)
-    step = 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    step = restore(state, model, optimizer, s, out / "ckpt.pt") if state else 0
     if s.compile:
         for block in model.blocks:
             block.compile(dynamic=True)

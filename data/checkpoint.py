@@ -63,16 +63,20 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("compressed entries, or entries that claim more bytes than there are")
+            if archive.testzip():
+                raise ValueError("bytes that are not those that were written")
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state.get("version")
         if version == VERSION:
             config, tensors = GPTConfig(**state["config"]), state["model"]
+            if config.n_layer >= len(tensors):
+                raise ValueError("fewer tensors than layers")
             with torch.device("meta"):  # shapes without memory
-                shapes = {name: x.shape for name, x in GPT(config).state_dict().items()} if config.n_layer < len(tensors) else {}
+                shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}
             plain = {name.replace(".linear.", "."): x.shape for name, x in tensors.items() if not name.endswith((".A", ".B"))}  # but for LoRA's
             if plain != shapes or not all(x.is_contiguous() for x in tensors.values()):
                 raise ValueError("tensors that are not those of its config")
-            if not all(isinstance(x, str) for x in (state["tokenizer"], state["settings"]["tokenizer"], state["settings"]["mask"])):
+            if not all(isinstance(x, str) for x in (state["tokenizer"], *(state["settings"][name] for name in ("tokenizer", "mask", "init_from")))):
                 raise ValueError("settings of a wrong type")
             return {key: state[key] for key in ("config", "settings", "tokenizer", "model", "optimizer", "step")}
     except Exception as error:  # a damaged file raises many types

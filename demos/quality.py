@@ -475,20 +475,21 @@ def picture(figures, path):
             axis.set_xticks(range(len(groups)), labels, fontsize=7)
         for own, style in ((0, "-"), (1, "--")):
             shares = [chat_share(runs, turn, own) for turn in range(max((len(r["chat"]) for r in runs), default=0))]
-            turns.plot(range(1, len(shares) + 1), [v.mean() for v in shares], style, marker=".", color=COLORS[row],
-                       label=row + (", own history" if own else ""))
+            turns.plot(range(1, len(shares) + 1), [v.mean() for v in shares], style, marker=".", color=COLORS[row], label=None if own else row)
     families.set_title("1  Dialogues by family (95 % over seeds)")
     steps.set_title("1  Reasoning by kind and steps")
     turns.set(title="3  By turn (dashed: the model's own answers as history)", xlabel="turn")
     every = figures["size"]["every"]
-    for axis, task, shown in ((plain, "missing", ("2 layers, no shift", "4 layers, no shift")),
-                              (shifted, "missing", ("2 layers", "1 layer")), (chains, "chain", ("4 layers",))):
-        for model, style in zip(shown, ("-", ":")):
+    for axis, task, lines in (  # of each task the lines to draw: a model, which of its curves, what to call it
+            (plain, "missing", [(f"{n} layers, no shift", "all", f"{n} layers, no shift") for n in (2, 4)]),
+            (shifted, "missing", [("2 layers", "all", "2 layers"), ("1 layer", "all", "1 layer")]),
+            (chains, "chain", [("4 layers", f"{n} steps", f"{n} steps, 4 layers") for n in (2, 3)])):
+        for (model, name, label), style in zip(lines, ("-", ":")):
             for r in chosen(figures, task=task, model=model):
-                curve = r["curves"].get("3 steps", r["curves"]["all"])
+                curve = r["curves"][name]
                 axis.plot(every * np.arange(1, len(curve) + 1), curve, style, lw=1.2, color=COLORS[r["row"]],
-                          label=None if r["seed"] else f"{r['row']}, {model}")
-        axis.set(title=f"4  Lists: {task}" + (", 3 steps" if task == "chain" else ""), xlabel="training steps")
+                          label=None if r["seed"] else f"{r['row']}, {label}")
+        axis.set(title=f"4  Lists: {task}", xlabel="training steps")
     filled = [axis for axis in axes.flat if any(len(line.get_xdata()) for line in axis.lines)
               and not axis.patches or any(np.isfinite(bar.get_height()) for bar in axis.patches)]
     for axis in set(axes.flat) - set(filled):  # what was not run yet leaves no empty panel

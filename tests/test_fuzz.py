@@ -29,7 +29,7 @@ from data.loader import read_chats
 from data.tokenizer import RANKS, Tokenizer, load_named, one_line
 from model import GPT, GPTConfig
 from sample import load_chat, read_history
-from train import Settings
+from train import Settings, load_state, make_optimizer, restore
 
 HOSTILE = ["", "\x00", "\x1b[2J", "\ud800", "<|end|>", "../x", -1, 0, 1, 2**31, 2**63, 10**30, 1e308, math.inf, math.nan, True, None, [], {}, [[]]]
 VALUES = st.recursive(st.sampled_from(HOSTILE) | st.integers() | st.floats() | st.text(max_size=5),
@@ -125,14 +125,18 @@ def write_rank_model(folder):
     (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items()))
 
 
+def one_step(model, optimizer):
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+
+
 @functools.cache
 def tiny_state():
     config = GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=32, n_layer=1, n_head=2, n_kv_head=1, n_embd=8, n_hidden=8, token_shift=True)
     torch.manual_seed(0)
     model = GPT(config)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    optimizer.step()
+    optimizer = make_optimizer(model, Settings())
+    one_step(model, optimizer)
     return dict(config=asdict(config), settings=asdict(Settings()), tokenizer=TOKENIZER.identity, model=dict(model.state_dict()),
                 optimizer=optimizer.state_dict(), step=3)
 
@@ -150,6 +154,14 @@ def use(tokenizer):
 
 def read_checkpoint(folder):
     load_chat(folder / "ckpt.pt", "cpu", "float32", max_new_tokens=2, temperature=1.0).send("hi")
+
+
+def resume(folder):
+    path, config = folder / "ckpt.pt", GPTConfig(**tiny_state()["config"])
+    model = GPT(config)
+    optimizer = make_optimizer(model, Settings())
+    assert 0 <= restore(load_state(path, config, TOKENIZER.identity, "ism"), model, optimizer, Settings(), path) <= Settings.max_iters
+    one_step(model, optimizer)
 
 
 def read_jsonl(folder):
@@ -177,6 +189,7 @@ CHAT = [make_chat(block_size=64, max_new_tokens=2)]
 # Reader: what makes its sound files, the file that is changed, and the reading.
 READERS = {
     "checkpoint": (lambda folder: save_checkpoint(folder / "ckpt.pt", **tiny_state()), "ckpt.pt", read_checkpoint),
+    "resume": (lambda folder: save_checkpoint(folder / "ckpt.pt", **tiny_state()), "ckpt.pt", resume),
     "chats": (lambda folder: (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats())), encoding="utf-8"), "chats.jsonl", read_jsonl),
     "history": (lambda folder: (folder / "history.json").write_text(json.dumps(next(chats())), encoding="utf-8"), "history.json", read_saved),
     "ranks": (lambda folder: shutil.copy(RANKS, folder / "ranks.tiktoken"), "ranks.tiktoken", read_rank_file),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -262,9 +263,10 @@ def test_data_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changed, words", [({"n_layer": 1}, "n_layer 2, not 1"), ({"block_size": 128}, "block_size 256, not 128"),
-                                            ({"mask": "causal"}, "mask ism, not causal")])
+                                            ({"mask": "causal"}, "mask ism, not causal"), ({"muon": False}, "needs the flags of the run"),
+                                            ({"max_iters": 1}, "from step 2; --max_iters must be at least that")])
 def test_a_checkpoint_of_other_settings(tmp_path, changed, words):
-    s = {**TINY, "n_dialogues": 40, "out_dir": str(tmp_path), "max_iters": 1}
+    s = {**TINY, "n_dialogues": 40, "out_dir": str(tmp_path), "max_iters": 2}
     train(Settings(**s))
     with pytest.raises(ValueError, match=words):
         train(Settings(**{**s, **changed, "resume": True}))
@@ -287,6 +289,22 @@ def test_a_checkpoint_of_another_vocabulary_or_version(tmp_path):
         for read in (load_chat, load_checkpoint):
             with pytest.raises(ValueError, match=f"version {version['version']}; this code reads version 1"):
                 read(path)
+
+
+def test_a_changed_bit_in_a_checkpoint_is_seen(tmp_path):
+    train(Settings(**{**TINY, "n_dialogues": 40, "out_dir": str(tmp_path), "max_iters": 1}))
+    path, rng = tmp_path / "ckpt.pt", random.Random(0)
+    good = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:  # where the numbers stand, behind a header of 30 bytes, a name and a filling
+        places = [(e.header_offset + 30 + len(e.filename) + int.from_bytes(good[e.header_offset + 28 : e.header_offset + 30], "little"), e.file_size)
+                  for e in archive.infolist() if "/data/" in e.filename and e.file_size]
+    for _ in range(20):
+        start, size = rng.choice(places)
+        at, bad = start + rng.randrange(size), bytearray(good)
+        bad[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            load_checkpoint(path)
 
 
 # Text that tries to be more than text.
