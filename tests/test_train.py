@@ -128,7 +128,8 @@ def test_a_mask_of_ones_own_trains_and_chats(tmp_path, monkeypatch):
     assert metrics["loss"] > 0
     from sample import load_chat
 
-    assert isinstance(load_chat(tmp_path / "ckpt.pt", max_new_tokens=5).send("Hello!"), str)
+    for dtype in ("auto", "int8"):
+        assert isinstance(load_chat(tmp_path / "ckpt.pt", "cpu", dtype, max_new_tokens=5).send("Hello!"), str)
 
 
 def test_own_chats_train(tmp_path, monkeypatch):
