@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.checkpoint import check_finite, load_checkpoint, save_checkpoint
+from data.checkpoint import check_finite, load_state, restore, save_checkpoint
 from data.dialogues import NEW_CITIES, NEW_NAMES, PATTERNS
 from data.hf import copy_small_files, from_pretrained, load_tokenizer, read_config
 from data.loader import Split, prepare
@@ -360,37 +360,6 @@ def make_folder(path):
     return folder
 
 
-def load_state(path, config, identity, mask):
-    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is not the one that is asked for."""
-    state = load_checkpoint(path)
-    had = {**asdict(GPTConfig(**state["config"])), "tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
-    asked = {**asdict(config), "tokenizer": identity, "mask": mask}
-    if differ := [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]:
-        raise ValueError(f"{path} has another model config: {'; '.join(differ)}. --resume needs the same settings")
-    return state
-
-
-def restore(state, model, optimizer, s, path):
-    """Give a checkpoint's numbers to the model and the optimizer; the step to go on from. ValueError if they do not fit."""
-    model.load_state_dict(state["model"])
-    try:
-        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-        for group in optimizer.param_groups if state["step"] > 0 else []:
-            names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
-            for p in group["params"]:
-                slots = optimizer.state[p]
-                if set(slots) != names or any(x.shape != (() if name == "step" else p.shape) for name, x in slots.items()):
-                    raise ValueError("slots of another optimizer")
-        if not 0 <= (step := int(state["step"])):
-            raise ValueError("a negative step")
-    except Exception as error:  # a damaged file raises many types
-        raise ValueError(f"{path} has no optimizer state for these settings ({type(error).__name__}); --resume needs the flags of the run "
-                         "that wrote it") from None
-    if step > s.max_iters:
-        raise ValueError(f"{path} is from step {step}; --max_iters must be at least that, not {s.max_iters}")
-    return step
-
-
 def measure(model, folder, tokenizer, mask, s, device, dtype):
     """The metrics of a trained model on the dialogues held out for the end."""
     test = Split(folder, "test")
@@ -436,7 +405,7 @@ def train(s, model=None):
     model = model.to(device)
     model.checkpointing = s.checkpointing
     optimizer = make_optimizer(model, s)
-    step = restore(state, model, optimizer, s, out / "ckpt.pt") if state else 0
+    step = restore(state, model, optimizer, s.max_iters, out / "ckpt.pt") if state else 0
     if s.compile:
         for block in model.blocks:
             block.compile(dynamic=True)

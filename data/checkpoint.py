@@ -5,6 +5,7 @@ import os
 import pathlib
 import zipfile
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 
@@ -82,3 +83,34 @@ def load_checkpoint(path):
     except Exception as error:  # a damaged file raises many types
         raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); train one with: python train.py") from None
     raise ValueError(f"{path} is a checkpoint of version {version}; this code reads version {VERSION}. Use the code that wrote it, or train again")
+
+
+def load_state(path, config, identity, mask):
+    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is not the one that is asked for."""
+    state = load_checkpoint(path)
+    had = {**asdict(GPTConfig(**state["config"])), "tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
+    asked = {**asdict(config), "tokenizer": identity, "mask": mask}
+    if differ := [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]:
+        raise ValueError(f"{path} has another model config: {'; '.join(differ)}. --resume needs the same settings")
+    return state
+
+
+def restore(state, model, optimizer, max_iters, path):
+    """Give a checkpoint's numbers to the model and the optimizer; the step to go on from. ValueError if they do not fit."""
+    model.load_state_dict(state["model"])
+    try:
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+        for group in optimizer.param_groups if state["step"] > 0 else []:
+            names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
+            for p in group["params"]:
+                slots = optimizer.state[p]
+                if set(slots) != names or any(x.shape != (() if name == "step" else p.shape) for name, x in slots.items()):
+                    raise ValueError("slots of another optimizer")
+        if not 0 <= (step := int(state["step"])):
+            raise ValueError("a negative step")
+    except Exception as error:  # a damaged file raises many types
+        raise ValueError(f"{path} has no optimizer state for these settings ({type(error).__name__}); --resume needs the flags of the run "
+                         "that wrote it") from None
+    if step > max_iters:
+        raise ValueError(f"{path} is from step {step}; --max_iters must be at least that, not {max_iters}")
+    return step

@@ -23,13 +23,13 @@ resource = pytest.importorskip("resource", reason="it counts memory on Linux and
 from test_chat import TOKENIZER, make_chat, run
 
 import data.tokenizer
-from data.checkpoint import load_checkpoint, save_checkpoint
+from data.checkpoint import load_checkpoint, load_state, restore, save_checkpoint
 from data.hf import SYMBOLS, from_pretrained, load_tokenizer
 from data.loader import read_chats
 from data.tokenizer import RANKS, Tokenizer, load_named, one_line
 from model import GPT, GPTConfig
 from sample import load_chat, read_history
-from train import Settings, load_state, make_optimizer, restore
+from train import Settings, make_optimizer
 
 HOSTILE = ["", "\x00", "\x1b[2J", "\ud800", "<|end|>", "../x", -1, 0, 1, 2**31, 2**63, 10**30, 1e308, math.inf, math.nan, True, None, [], {}, [[]]]
 VALUES = st.recursive(st.sampled_from(HOSTILE) | st.integers() | st.floats() | st.text(max_size=5),
@@ -160,7 +160,7 @@ def resume(folder):
     path, config = folder / "ckpt.pt", GPTConfig(**tiny_state()["config"])
     model = GPT(config)
     optimizer = make_optimizer(model, Settings())
-    assert 0 <= restore(load_state(path, config, TOKENIZER.identity, "ism"), model, optimizer, Settings(), path) <= Settings.max_iters
+    assert 0 <= restore(load_state(path, config, TOKENIZER.identity, "ism"), model, optimizer, Settings.max_iters, path) <= Settings.max_iters
     one_step(model, optimizer)
 
 
