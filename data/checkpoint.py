@@ -99,6 +99,9 @@ def restore(state, model, optimizer, max_iters, path):
     """Give a checkpoint's numbers to the model and the optimizer; the step to go on from. ValueError if they do not fit."""
     model.load_state_dict(state["model"])
     try:
+        if (step := int(state["step"])) < 0:
+            raise ValueError("a negative step")
+        # The groups' settings come from the flags, so that of the file only numbers are left to be checked.
         optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
         for group in optimizer.param_groups if state["step"] > 0 else []:
             names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
@@ -106,8 +109,6 @@ def restore(state, model, optimizer, max_iters, path):
                 slots = optimizer.state[p]
                 if set(slots) != names or any(x.shape != (() if name == "step" else p.shape) for name, x in slots.items()):
                     raise ValueError("slots of another optimizer")
-        if not 0 <= (step := int(state["step"])):
-            raise ValueError("a negative step")
     except Exception as error:  # a damaged file raises many types
         raise ValueError(f"{path} has no optimizer state for these settings ({type(error).__name__}); --resume needs the flags of the run "
                          "that wrote it") from None

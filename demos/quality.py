@@ -480,11 +480,12 @@ def picture(figures, path):
     steps.set_title("1  Reasoning by kind and steps")
     turns.set(title="3  By turn (dashed: the model's own answers as history)", xlabel="turn")
     every = figures["size"]["every"]
-    for axis, task, lines in (  # of each task the lines to draw: a model, which of its curves, what to call it
-            (plain, "missing", [(f"{n} layers, no shift", "all", f"{n} layers, no shift") for n in (2, 4)]),
-            (shifted, "missing", [("2 layers", "all", "2 layers"), ("1 layer", "all", "1 layer")]),
-            (chains, "chain", [("4 layers", f"{n} steps", f"{n} steps, 4 layers") for n in (2, 3)])):
-        for (model, name, label), style in zip(lines, ("-", ":")):
+    for axis, task, lines in (  # of each task the lines to draw: a model and which of its curves
+            (plain, "missing", [("2 layers, no shift", "all"), ("4 layers, no shift", "all")]),
+            (shifted, "missing", [("2 layers", "all"), ("1 layer", "all")]),
+            (chains, "chain", [("4 layers", "2 steps"), ("4 layers", "3 steps")])):
+        for (model, name), style in zip(lines, ("-", ":")):
+            label = model if name == "all" else f"{name}, {model}"
             for r in chosen(figures, task=task, model=model):
                 curve = r["curves"][name]
                 axis.plot(every * np.arange(1, len(curve) + 1), curve, style, lw=1.2, color=COLORS[r["row"]],

@@ -141,6 +141,10 @@ def tiny_state():
                 optimizer=optimizer.state_dict(), step=3)
 
 
+def write_checkpoint(folder):
+    save_checkpoint(folder / "ckpt.pt", **tiny_state())
+
+
 def chats():
     for i in range(4):
         yield {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"héllo {i}"}, {"role": "assistant", "content": "yes"}]}
@@ -188,8 +192,8 @@ def read_saved(folder):
 CHAT = [make_chat(block_size=64, max_new_tokens=2)]
 # Reader: what makes its sound files, the file that is changed, and the reading.
 READERS = {
-    "checkpoint": (lambda folder: save_checkpoint(folder / "ckpt.pt", **tiny_state()), "ckpt.pt", read_checkpoint),
-    "resume": (lambda folder: save_checkpoint(folder / "ckpt.pt", **tiny_state()), "ckpt.pt", resume),
+    "checkpoint": (write_checkpoint, "ckpt.pt", read_checkpoint),
+    "resume": (write_checkpoint, "ckpt.pt", resume),
     "chats": (lambda folder: (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats())), encoding="utf-8"), "chats.jsonl", read_jsonl),
     "history": (lambda folder: (folder / "history.json").write_text(json.dumps(next(chats())), encoding="utf-8"), "history.json", read_saved),
     "ranks": (lambda folder: shutil.copy(RANKS, folder / "ranks.tiktoken"), "ranks.tiktoken", read_rank_file),
