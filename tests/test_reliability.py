@@ -29,8 +29,8 @@ from train import Settings, train, until_stopped
 
 resource = pytest.importorskip("resource", reason="limits and signals as Linux and macOS have them")
 
-# A checkpoint every other step, so that much of the time is spent writing.
-KILLED = dict(n_dialogues=20, n_layer=2, n_head=2, n_embd=64, batch_size=2, block_size=256, max_iters=40, eval_interval=2, dtype="float32",
+# A checkpoint every other step, so that much of the time is spent writing; many more steps than the kills wait for, so that a late one still comes in time.
+KILLED = dict(n_dialogues=20, n_layer=2, n_head=2, n_embd=64, batch_size=2, block_size=256, max_iters=120, eval_interval=2, dtype="float32",
               device="cpu")
 
 
@@ -72,14 +72,16 @@ def wait_for(process, condition, seconds=120):
 def kill(out, moment, rng):
     """Start or resume the run and kill it while it starts, in some step, or while it writes a checkpoint. True if it was writing."""
     file, partial = out / "ckpt.pt", out / "ckpt.pt.partial"
-    process = start(out, resume=file.exists())
+    written = lambda: file.stat().st_mtime_ns if file.exists() else 0
+    before, process = written(), start(out, resume=file.exists())
     if moment == "start":
-        time.sleep(rng.uniform(0, 4))
+        end = time.time() + rng.uniform(0, 4)
+        wait_for(process, lambda: time.time() > end or written() != before)  # its first checkpoint ends the start
     else:
         for _ in range(rng.randint(1, 6)):  # the n-th checkpoint from here
-            before = file.stat().st_mtime_ns if file.exists() else 0
-            if not wait_for(process, lambda: (file.stat().st_mtime_ns if file.exists() else 0) != before):
+            if not wait_for(process, lambda: written() != before):
                 break
+            before = written()
         time.sleep(rng.uniform(0, 0.05))
         if moment == "writing":
             wait_for(process, partial.exists)
@@ -118,7 +120,7 @@ def test_a_signal_ends_in_a_checkpoint_and_a_line(tmp_path, whole):
         _, errors = process.communicate(timeout=60)
         line, step, written = errors.splitlines()[-1], load_checkpoint(file)["step"], file.stat().st_mtime_ns
         assert process.returncode == 1 and "Traceback" not in errors
-        assert line == f"train.py: stopped after step {step} of 40; the same flags and --resume go on from {file}"
+        assert line == f"train.py: stopped after step {step} of {KILLED['max_iters']}; the same flags and --resume go on from {file}"
     assert same(finish(tmp_path, resume=True), whole)
 
 
