@@ -106,7 +106,7 @@ def facts_about(rng, words):
         ("work", [f"my {relative} works as a {relative_job}"], f"Your {relative} works as a {relative_job}.",
          [f"What does my {relative} work as?", f"What is the job of my {relative}?"]),
         ("friend", [f"my friend {friend} likes {friend_food}"], f"Your friend {friend} likes {friend_food}.",
-         [f"What does {friend} like?", f"What does my friend like?", f"Who likes {friend_food}?"]),
+         [f"What does {friend} like?", "What does my friend like?", f"Who likes {friend_food}?"]),
         ("visit", [f"I will visit {friend_city} in {age - 10} days"], f"You will visit {friend_city} in {age - 10} days.",
          ["Which city will I visit?", "Where will I go?"]),
     ]

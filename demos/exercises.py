@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 from data.tokenizer import Tokenizer
 from mask import MASKS, causal, draw, ism, one_pass, prefix, reusable
 from model import GPT, Cache, GPTConfig
-from sample import Chat
 from train import Parser
 
 STUB = '''"""

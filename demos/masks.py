@@ -19,15 +19,12 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.dialogues import generate
 from data.tokenizer import Tokenizer
+from demos.output import check_writable, plt
 from mask import MASKS, loss_positions, one_pass, reusable
 from model import GPT, Cache, GPTConfig
 from train import Parser
@@ -217,12 +214,7 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     properties = out.parent / f"{out.stem}-properties{out.suffix}"
-    for path in (args.out, properties, *([args.json] if args.json else [])):  # before the work, not after it
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            open(path, "a").close()
-        except OSError as error:
-            sys.exit(f"masks.py: cannot write {path}: {error.strerror}")
+    check_writable(out, properties, *[args.json] * bool(args.json))
     n_dialogues = 50 if args.quick else 2000
     figures = {"quick": args.quick, **measure(n_dialogues)}
     report(figures, n_dialogues)

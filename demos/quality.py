@@ -45,6 +45,7 @@ from data.checkpoint import whole_file
 from data.dialogues import PATTERNS, generate
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer
+from demos.output import COLORS, check_writable, plt
 from mask import MASKS, causal, loss_positions
 from model import GPT, GPTConfig
 from sample import Chat
@@ -66,7 +67,6 @@ FULL = {"steps": 500, "seeds": 3, "rates": [5e-3, 1e-2], "others": ["LLaMA-like"
 QUICK = FULL | {"steps": 6, "seeds": 2, "rates": [4e-3], "others": ["Qwen-like"], "dialogues": 40, "chats": 2, "longest": 4,
                 "price_steps": 2, "settings": {"n_embd": 32, "batch_size": 2}, "list_steps": 6, "list_rates": [4e-3],
                 "list_rows": 40, "every": 2, "lists": [["missing", "2 layers"]]}
-COLORS = {"causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green", "causal, all tokens": "tab:orange"}
 
 
 class Run(NamedTuple):
@@ -456,11 +456,6 @@ def report(figures):
 
 
 def picture(figures, path):
-    import matplotlib  # here, so that a machine that only trains needs none
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
     families, turns, steps, plain, shifted, chains = axes.flat
     bars = {families: ("all", *PATTERNS, "reasoning", "induction"),
@@ -545,9 +540,7 @@ def main():
                 return
             device = pick_device(args.device)
             dtype = str(pick_dtype(args.dtype, device))[6:]
-            for file in (path, out):  # before the work, not after it
-                file.parent.mkdir(parents=True, exist_ok=True)
-            open(out, "a").close()
+            check_writable(path, out)
             save(figures, path)
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
             figures["made"].append({"command": " ".join(["python", "demos/quality.py", *sys.argv[1:]]), "commit": commit(),

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from data.dialogues import generate  # noqa: E402
 from data.loader import Split, prepare  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from demos.output import check_writable, plt  # noqa: E402
 from mask import MASKS, causal, ism  # noqa: E402
 from model import GPT, Cache, Decoder, GPTConfig, attention, pack, visible  # noqa: E402
 from sample import Chat  # noqa: E402
@@ -312,15 +313,10 @@ def flat(found, path=""):
 
 
 def draw(turns, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (way, seconds), style in zip(turns.items(), ("o-", "s--", "^-", "v:")):
         axes.plot(range(1, len(seconds) + 1), [1000 * x for x in seconds], style, label=way)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     axes.set(xlabel="turn of the chat", ylabel="time to the first token in ms", ylim=(0, None), title="A query of the same length at each turn")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -342,6 +338,7 @@ def main():
         if a.llama2c and not (shutil.which("gcc") and pathlib.Path(a.llama2c, "run.c").is_file()):
             raise ValueError(f"--llama2c {a.llama2c} is no checkout of github.com/karpathy/llama2.c, or gcc is not installed")
         device = pick_device(a.device)
+        check_writable(a.out, *[a.json] * bool(a.json))
         tune_cpu()
         dtype = pick_dtype(a.dtype, device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -361,7 +358,6 @@ def main():
         if not a.quick:
             figures["start-up of sample.py beyond import torch, s"] = start_up()
         print("\n".join(f"{name:60} {text}" for name, text in flat(figures)))
-        pathlib.Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         draw(turns, a.out)
         if a.json:
             pathlib.Path(a.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")

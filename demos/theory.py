@@ -26,27 +26,23 @@ method itself under the causal mask, where a block is one example).
 
     python demos/theory.py [--quick]
 """
-import argparse
 import json
 import math
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from demos.output import COLORS, check_writable, plt
 from mask import MASKS, causal, dense, ism, prefix
 from model import GPT, GPTConfig
+from train import Parser
 
 D, N = 16, 60  # inputs have D dimensions; a dialogue holds N examples
 LENGTHS = [1, 2, 3, 5, 10, 12, 15, 20, 30, 60]  # examples in one query; 1 is causal, N is prefix
-COLORS = {"causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green"}
 
 
 def regression(draws, n=N, d=D, mean=0.0, noise=0.0, seed=0):
@@ -428,18 +424,13 @@ def picture(figures, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What causal, ISM and prefix masks compute on linear regression.")
+    parser = Parser(description="What causal, ISM and prefix masks compute on linear regression.", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="fewer draws, layers and steps: some seconds")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--out", metavar="FILE", help="where the picture goes (default: demos/out/theory.png)",
                         default=str(Path(__file__).resolve().parent / "out" / "theory.png"))
     args = parser.parse_args()
-    for path in filter(None, (args.json, args.out)):  # before the work, not after it
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            open(path, "a").close()
-        except OSError as error:
-            sys.exit(f"theory.py: cannot write {path}: {error.strerror}")
+    check_writable(args.out, *[args.json] * bool(args.json))
     start, quick = time.time(), args.quick
     figures = {"quick": quick,
                "final_query": final_query(16, 400),
@@ -451,7 +442,7 @@ def main():
     figures["seconds"] = round(time.time() - start, 1)
     picture(figures, args.out)
     if args.json:
-        Path(args.json).write_text(json.dumps(figures) + "\n")
+        Path(args.json).write_text(json.dumps(figures) + "\n", encoding="utf-8")
     print(f"\n{figures['seconds']} s. The picture: {args.out}")
 
 

@@ -1,5 +1,4 @@
 """Chat: its cache equals one fresh forward after every turn, and it survives what people type."""
-import json
 import random
 import subprocess
 import sys

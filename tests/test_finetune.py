@@ -1,11 +1,8 @@
 """From a checkpoint folder to a fine-tuned one: parts of a batch, checkpointing, annealing, LoRA, saving, memory, processes."""
 import json
-import os
 import random
 import shutil
-import signal
 import sys
-import time
 import weakref
 
 import pytest

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mask import MASKS, causal, dense, ism, loss_positions, prefix, reusable
+from mask import MASKS, causal, dense, ism, loss_positions, reusable
 from model import FLEX_FROM, GPT, Cache, Decoder, GPTConfig, Int8Linear, PackedLinear, attention, blocks, pack, visible
 
 VARIANTS = {

@@ -11,8 +11,7 @@ from test_chat import run
 from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
 from conftest import ROOT
-from data.hf import from_pretrained, load_tokenizer, save_pretrained
-from mask import MASKS
+from data.hf import from_pretrained, save_pretrained
 from sample import load_chat
 
 sys.path.insert(0, str(ROOT / "demos"))
@@ -82,8 +81,8 @@ def test_a_chat_is_the_template(kind, tmp_path):
     fast = make_folder(kind, tmp_path)
     rng = random.Random(kind)
     template = lambda messages, header: list(fast.apply_chat_template(messages, add_generation_prompt=header, return_dict=False))
+    chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1)
     for number in range(20):
-        chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1) if number == 0 else chat
         messages = [{"role": "system", "content": "Be kind."}] * (number % 2)
         chat.messages = []
         for _ in range(4):

@@ -147,7 +147,7 @@ def test_self_chat_counts_what_teacher_forcing_does_and_agrees_with_it_in_the_fi
 
 
 @pytest.mark.parametrize("flags, line", [
-    (("--quick", "--json", "/dev/null/file"), "quality.py: [Errno"), (("--json", "no/such.json"), "quality.py: [Errno"),
+    (("--quick", "--json", "/dev/null/file"), "quality.py: cannot write /dev/null/file"), (("--json", "no/such.json"), "quality.py: [Errno"),
     (("--json", __file__), f"quality.py: {__file__} holds no figures"),
     (("--quick", "--seeds", "0"), "quality.py: expected"), (("--quik",), "quality.py: unrecognized"),
     (("--quick", "--device", "none"), "quality.py: --device none is not")])

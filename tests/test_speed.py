@@ -21,7 +21,8 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("flags, words", [(("--device", "tpu"), "tpu"), (("--nanogpt", "nowhere"), "nowhere"), (("--out", "/dev/null/x.png", "--quick"), "/dev/null")])
+@pytest.mark.parametrize("flags, words", [(("--device", "tpu"), "tpu"), (("--nanogpt", "nowhere"), "nowhere"), (("--out", "/dev/null/x.png", "--quick"), "cannot write /dev/null"),
+                                          (("--json", "/dev/null/x.json"), "cannot write /dev/null")])
 def test_errors_are_one_line(flags, words):
-    done = run("demos/speed.py", *flags)
-    assert done.returncode != 0 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    done = run("demos/speed.py", *flags)  # at once, not after the measurements
+    assert done.returncode != 0 and not done.stdout and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
