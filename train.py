@@ -45,6 +45,7 @@ class Settings:
     mask: str = setting("ism", "the attention mask", tuple(MASKS))
     data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
     n_dialogues: int = setting(80000, "synthetic dialogues to train on")
+    mixed: bool = setting(True, "synthetic dialogues may change their subject, from one family to another")
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
     init_from: str = setting("", "a Hugging Face folder: start from its weights, with its sizes and tokenizer")
     out_dir: str = setting("out", "where the checkpoint and the figures go")
@@ -395,7 +396,7 @@ def train(s, model=None):
     state = load_state(out / "ckpt.pt", config, tokenizer.identity, s.mask) if s.resume else None
     if LOCAL_RANK:  # the first process of a machine prepares the data, the others find them
         dist.barrier()
-    folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed)
+    folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed, s.mixed)
     if WORLD > 1 and not LOCAL_RANK:
         dist.barrier()
     split = Split(folder, "train")

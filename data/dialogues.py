@@ -307,13 +307,9 @@ def split_of(messages):
     return {0: "val", 1: "test"}.get(digest, "train")
 
 
-def generate(split, n, seed=0, families=tuple(FAMILIES)):
-    """Yield n dialogues {"messages": [...], "family": str} of a split: train, val, test or new_words.
-
-    The dialogues of new_words use names and cities that occur in no other split. Deterministic from the seed.
-    """
-    rng = random.Random(f"{split} {seed}")
-    while n > 0:
+def one_family(rng, split, families):
+    """A dialogue of one family that belongs to the split: (messages, family)."""
+    while True:
         family, = rng.choices(families, [SHARES[name] for name in families])
         messages = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.1 else []
         casual = family in PATTERNS and rng.random() < 0.2  # as people type: no capital, no full stop
@@ -321,12 +317,27 @@ def generate(split, n, seed=0, families=tuple(FAMILIES)):
             query = query[0].lower() + query[1:].rstrip(".?!") if casual else query
             messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
         if split == "new_words" or split_of(messages) == split:
-            n -= 1
-            yield {"messages": messages, "family": family}
+            return messages, family
+
+
+def generate(split, n, seed=0, families=tuple(FAMILIES), mixed=False):
+    """Yield n dialogues {"messages": [...], "family": str} of a split: train, val, test or new_words.
+
+    The dialogues of new_words use names and cities that occur in no other split. mixed: after one to three turns
+    three of ten dialogues go on with one of another family, as people change the subject. Deterministic from the seed.
+    """
+    rng = random.Random(f"{split} {seed}")
+    for _ in range(n):
+        messages, family = one_family(rng, split, families)
+        if mixed and rng.random() < 0.3:
+            more, _ = one_family(rng, split, [other for other in families if other != family])
+            start = (messages[0]["role"] == "system") + 2 * rng.randint(1, 3)
+            messages, family = messages[:start] + [m for m in more if m["role"] != "system"], "mixed"
+        yield {"messages": messages, "family": family}
 
 
 if __name__ == "__main__":
-    for dialogue in generate("train", 12, seed=random.randrange(10**6)):
+    for dialogue in generate("train", 12, seed=random.randrange(10**6), mixed=True):
         print(f"--- {dialogue['family']}")
         for message in dialogue["messages"]:
             print(f"{message['role']:>9}: {message['content']}")

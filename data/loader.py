@@ -58,12 +58,12 @@ def read_chats(path):
             yield messages
 
 
-def sources(data, n_dialogues, seed):
+def sources(data, n_dialogues, seed, mixed):
     """Split name -> (how many dialogues, an iterator over them)."""
     if not data:
         sizes = {"train": n_dialogues, "val": 1000, "test": 2000, "new_words": 1000}
         sizes = {split: min(n, n_dialogues) for split, n in sizes.items()}
-        return {split: (n, dialogues.generate(split, n, seed)) for split, n in sizes.items()}
+        return {split: (n, dialogues.generate(split, n, seed, mixed=mixed)) for split, n in sizes.items()}
     chats = list({json.dumps(messages): {"messages": messages, "family": "chats"} for messages in read_chats(data)}.values())
     if len(chats) < 3:
         raise ValueError(f"{data} has {len(chats)} different dialogues; at least 3 are needed, to train, tune and test on")
@@ -73,13 +73,13 @@ def sources(data, n_dialogues, seed):
     return {split: (len(part), iter(part)) for split, part in parts.items()}
 
 
-def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
+def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
     """Write the splits to data/cache, unless they are there already, and return their folder.
 
-    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues. Dialogues longer than block_size
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues, mixed as data/dialogues.py says. Dialogues longer than block_size
     are cut after the last answer that fits; those without one are dropped. ValueError for a bad file.
     """
-    key = hashlib.sha256(repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed)).encode())
+    key = hashlib.sha256(repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed)).encode())
     with open(data or dialogues.__file__, "rb") as origin:
         for part in iter(lambda: origin.read(1 << 20), b""):
             key.update(part)
@@ -90,7 +90,7 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
     partial = CACHE / f"{folder.name}.{os.getpid()}"  # renamed when whole, so that a broken run leaves no cache
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_splits(partial, tokenizer, block_size, data, n_dialogues, seed)
+        write_splits(partial, tokenizer, block_size, sources(data, n_dialogues, seed, mixed))
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,11 +99,11 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0):
     return folder
 
 
-def write_splits(folder, tokenizer, block_size, data, n_dialogues, seed):
+def write_splits(folder, tokenizer, block_size, parts):
     """Encode each split into a new folder, see `prepare`."""
     folder.mkdir()
     cut = dropped = 0
-    for split, (n, items) in sources(data, n_dialogues, seed).items():
+    for split, (n, items) in parts.items():
         tokens, segments, offsets, families = array("I"), array("H"), [0], []
         for item in tqdm(items, total=n, desc=f"prepare {split}", unit=" dialogues", leave=False):
             t, s = tokenizer.encode_dialogue(item["messages"])

@@ -113,7 +113,7 @@ def table(title, rows):
 
 def report(figures, n_dialogues):
     table("This dialogue", figures["counts"])
-    table(f"{n_dialogues:,} dialogues of the training data", figures["train"])
+    table(f"{n_dialogues:,} training dialogues of one family each", figures["train"])
     rows = []
     for part in figures["parts"]:
         before = [j for i, row in enumerate(part["moved"]) for j in row if j < i]
@@ -207,7 +207,7 @@ def draw_properties(figures, path):
 
 def main():
     parser = Parser(description="The masks on one short dialogue: drawn, counted, tested.", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="count over 50 dialogues of the training data, not 2,000")
+    parser.add_argument("--quick", action="store_true", help="count over 50 training dialogues, not 2,000")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--out", metavar="FILE", help="where the picture goes, as a PNG (default: demos/out/masks.png)",
                         default=str(Path(__file__).resolve().parent / "out" / "masks.png"))

@@ -202,13 +202,13 @@ def fit(s, split, vocab_size, check=lambda model, step: None):
 
 def settings(run, size, device, dtype):
     lists = {"max_iters": size["list_steps"], "batch_size": 8, "decay": 0.0}  # a constant rate: the curves do not depend on where they end
-    return Settings(**{"seed": run.seed, "device": device, "dtype": dtype, "n_dialogues": size["dialogues"],
+    return Settings(**{"seed": run.seed, "device": device, "dtype": dtype, "n_dialogues": size["dialogues"], "mixed": False,
                        "max_iters": size["steps"], **(lists if run.task in TASKS else {}), **ROWS[run.row], **MODELS[run.model],
                        **size["settings"]})
 
 
 def data(s):
-    return prepare(Tokenizer(), s.block_size, "", s.n_dialogues, s.seed)
+    return prepare(Tokenizer(), s.block_size, "", s.n_dialogues, s.seed, s.mixed)
 
 
 def execute(run, rate, size, device, dtype):

@@ -62,7 +62,7 @@ def ratio(seconds, name, base):
 
 
 def training(a, device, dtype):
-    """A step of the default run on the same dialogues under each mask; prefix on its copies of them, one a turn."""
+    """A step as large as the default run's, on the same dialogues of one family each under each mask; prefix on its copies of them, one a turn."""
     s = Settings(n_dialogues=400 if a.quick else 4000)
     tokenizer = Tokenizer(s.tokenizer)
     start = time.perf_counter()

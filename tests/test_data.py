@@ -1,4 +1,5 @@
 """Dialogues, tokenizer, batches."""
+import itertools
 import json
 import random
 import re
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader as loader
-from data.dialogues import CITIES, FAMILIES, NAMES, NEW_CITIES, NEW_NAMES, SMALL_TALK, generate, split_of
+from data.dialogues import CITIES, FAMILIES, NAMES, NEW_CITIES, NEW_NAMES, SMALL_TALK, SYSTEM, generate, split_of
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer, train_ranks
 from mask import MASKS, loss_positions
@@ -23,14 +24,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_dialogues_are_deterministic_and_the_splits_disjoint():
-    splits = {name: list(generate(name, 3000 if name == "train" else 300, seed=3)) for name in ("train", "val", "test", "new_words")}
-    assert splits["val"] == list(generate("val", 300, seed=3)) != list(generate("val", 300, seed=4))
+@pytest.mark.parametrize("mixed", [False, True])
+def test_dialogues_are_deterministic_and_the_splits_disjoint(mixed):
+    splits = {name: list(generate(name, 3000 if name == "train" else 300, seed=3, mixed=mixed)) for name in ("train", "val", "test", "new_words")}
+    assert splits["val"] == list(generate("val", 300, seed=3, mixed=mixed)) != list(generate("val", 300, seed=4, mixed=mixed))
     texts = {name: {json.dumps(d["messages"]) for d in dialogues} for name, dialogues in splits.items()}
     for a in texts:
         for b in texts:
             assert a == b or not texts[a] & texts[b]
-    assert all(split_of(d["messages"]) == name for name in ("train", "val", "test") for d in splits[name])
+    assert all(split_of(d["messages"]) == name for name in ("train", "val", "test") for d in splits[name] if d["family"] != "mixed")
     words = {name: set(re.findall(r"\w+", " ".join(texts[name]))) for name in texts}
     new = set(NEW_NAMES + NEW_CITIES)
     assert not new & (words["train"] | words["val"] | words["test"]) and not new & set(NAMES + CITIES)
@@ -46,6 +48,23 @@ def test_dialogues_have_the_stated_form():
         assert roles == ["user", "assistant"] * (len(roles) // 2) and 2 <= len(roles) // 2 <= 8
         for m in d["messages"]:
             assert m["content"] and (m["role"] != "assistant" or m["content"][-1] in ".!?")
+
+
+def test_mixed_dialogues_go_from_one_family_to_another():
+    """In pairs of families whose first queries show which is which: both are there, the second in whole."""
+    first = {"induction": "gives", "refinement": "list|words|numbers", "follow-up": "Start with|Take the number|I have"}
+    for pair in itertools.combinations(first, 2):
+        dialogues = list(generate("test", 300, seed=1, families=pair, mixed=True))
+        mixed = [d["messages"] for d in dialogues if d["family"] == "mixed"]
+        assert 50 < len(mixed) < 130
+        for messages in mixed:
+            told = " ".join(m["content"] for m in messages)
+            assert all(re.search(first[name], told, re.IGNORECASE) for name in pair)
+            assert [m["role"] for m in messages if m["role"] != "system"] == ["user", "assistant"] * (len(messages) // 2)
+            assert all(m["role"] != "system" for m in messages[1:])
+            turns = [m for m in messages if m["role"] != "system"]
+            rests = [[*system, *turns[cut:]] for cut in (2, 4, 6) for system in ([], *([{"content": text}] for text in SYSTEM)) if turns[cut:]]
+            assert "test" in map(split_of, rests)  # a dialogue of its own, no held-out one of another split
 
 
 def numbers(text):
