@@ -65,7 +65,7 @@ def test_pictures_and_tables(run):
         picture = (folder / name).read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
         assert int.from_bytes(picture[16:20], "big") == 1800  # pixels wide: 900, twice as sharp
-    assert all(title in text for title in ("This dialogue", "training data", "No leak", "Cacheable"))
+    assert all(title in text for title in ("This dialogue", "training dialogues", "No leak", "Cacheable"))
     for row in figures["counts"] + figures["train"]:
         assert " ".join([row["mask"], *(f"{row[k]:,}" for k in list(row)[1:])]) in " ".join(text.split())
 
