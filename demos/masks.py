@@ -214,7 +214,7 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     properties = out.parent / f"{out.stem}-properties{out.suffix}"
-    check_writable(out, properties, *[args.json] * bool(args.json))
+    check_writable(out, properties, json=args.json)
     n_dialogues = 50 if args.quick else 2000
     figures = {"quick": args.quick, **measure(n_dialogues)}
     report(figures, n_dialogues)

@@ -13,9 +13,12 @@ import matplotlib.pyplot as plt
 COLORS = {"causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green", "causal, all tokens": "tab:orange"}
 
 
-def check_writable(*paths):
-    """Make the folders of the files and open the files, before the work and not after it. Ends the program where that fails."""
-    for path in map(Path, paths):
+def check_writable(*paths, json=""):
+    """Make the folders of the files and open the files, before the work and not after it. Ends the program where that fails.
+
+    json: one more file, that of the figures, where it was asked for.
+    """
+    for path in map(Path, (*paths, json) if json else paths):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             open(path, "a").close()

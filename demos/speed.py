@@ -338,7 +338,7 @@ def main():
         if a.llama2c and not (shutil.which("gcc") and pathlib.Path(a.llama2c, "run.c").is_file()):
             raise ValueError(f"--llama2c {a.llama2c} is no checkout of github.com/karpathy/llama2.c, or gcc is not installed")
         device = pick_device(a.device)
-        check_writable(a.out, *[a.json] * bool(a.json))
+        check_writable(a.out, json=a.json)
         tune_cpu()
         dtype = pick_dtype(a.dtype, device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

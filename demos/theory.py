@@ -430,7 +430,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="where the picture goes (default: demos/out/theory.png)",
                         default=str(Path(__file__).resolve().parent / "out" / "theory.png"))
     args = parser.parse_args()
-    check_writable(args.out, *[args.json] * bool(args.json))
+    check_writable(args.out, json=args.json)
     start, quick = time.time(), args.quick
     figures = {"quick": quick,
                "final_query": final_query(16, 400),
