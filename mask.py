@@ -1,17 +1,30 @@
 """
-Attention masks as a vector.
+A mask is a vector.
 
-Everything that a mask decides is one integer per token: f(j), how many leading tokens token j may see
-(the upper bound of the sum in the ISM paper's formula). A mask here is a function from segments to f:
+Attention lets each token of a dialogue look at others, and a mask says at which. All that the
+masks here decide is one integer for each token: f(j), how many leading tokens token j may see.
+It is the upper bound of the sum in the paper's formula. The words:
 
-    segments  (B, T) integers: 0 is padding (on the right), odd is a query segment (given to the model),
-              even is an answer segment (written by it); numbers never decrease along a dialogue.
-              data/tokenizer.py lays a dialogue out.
-    f         (B, T) integers: row j may attend to the columns 0 .. f[j] - 1. The paper counts from 1: the f[j] of a
-              tensor is its f(j + 1), so causal is f[j] = j + 1.
+    segment   a run of tokens. Odd numbers are queries (given to the model), even numbers are
+              answers (written by it), 0 is padding and stands on the right. Numbers never
+              decrease along a dialogue.
+    mask      a function from segments (B, T) to f (B, T), both tensors of integers.
+    f         row j may attend to the columns 0 .. f[j] - 1. The paper counts tokens from 1, a
+              tensor counts from 0: f[j] here is the paper's f(j + 1), so causal is f[j] = j + 1.
 
-All the rest follows from f: the dense mask, where there is loss, and what a KV cache may keep.
-To add a mask, write one such function and put it into MASKS. `python mask.py` draws them.
+Two turns, a row for each token: '#' its past and itself, '+' its future, '.' hidden.
+
+    token     segment    causal    f    ISM       f    prefix    f
+    Who             1    #......   1    #+.....   2    #++++..   5
+    ?               1    ##.....   2    ##.....   2    ##+++..   5
+    Ann             2    ###....   3    ###....   3    ###++..   5
+    And             3    ####...   4    ####+..   5    ####+..   5
+    I?              3    #####..   5    #####..   5    #####..   5
+    You're          4    ######.   6    ######.   6    ######.   6
+    Ben             4    #######   7    #######   7    #######   7
+
+All the rest follows from f: the square of booleans that a textbook calls the mask, the positions
+where there is a loss, and what a KV cache may keep. `python mask.py` draws a longer dialogue.
 """
 import torch
 
@@ -19,95 +32,133 @@ import torch
 def causal(segments):
     """Each token sees its past and itself: f(j) = j, counting from 1."""
     B, T = segments.shape
-    return torch.arange(1, T + 1, device=segments.device).expand(B, T)
+    return torch.arange(1, T + 1, device=segments.device).expand(B, T)  # (B, T)
 
 
 def ism(segments):
-    """A query token sees its whole segment and all before it; an answer token is causal (paper: ISM)."""
-    j = causal(segments)
+    """A query's token sees its whole query and all before it; an answer is causal (paper: ISM)."""
     T = segments.shape[1]
-    last = torch.ones_like(segments, dtype=torch.bool)  # (B, T) the last token of each segment
+    j = causal(segments)  # (B, T)
+    # A token is the last of its segment if the next one has another number.
+    last = torch.ones_like(segments, dtype=torch.bool)  # (B, T)
     last[:, :-1] = segments[:, 1:] != segments[:, :-1]
-    # The nearest last token at or after each one: a running minimum from the right.
-    end = torch.where(last, j, T).flip(1).cummin(1).values.flip(1)  # (B, T) the end of each token's segment
-    return torch.where(segments % 2 == 1, end, j)
+    # A segment ends at the first such token from here on: the smallest j of those to the right.
+    end = torch.where(last, j, T)  # (B, T)
+    end = end.flip(1).cummin(1).values.flip(1)
+    return torch.where(segments % 2 == 1, end, j)  # (B, T)
 
 
 def prefix(segments):
-    """All up to the end of the row's last query sees all of it; what follows is causal (a prefix LM).
+    """All up to the end of the last query sees all of it; what follows is causal (a prefix LM).
 
-    So f changes as a dialogue goes on, and each turn is trained in a row of its own (see one_pass).
+    The last query is another one at each turn. So f changes while a dialogue grows, and each turn
+    is trained in a row of its own.
     """
-    j = causal(segments)
-    end = torch.where(segments % 2 == 1, j, 0).cummax(1).values[:, -1:]  # (B, 1) the end of the last query
-    return torch.maximum(j, end)
+    j = causal(segments)  # (B, T)
+    end = torch.where(segments % 2 == 1, j, 0)  # (B, T)
+    end = end.cummax(1).values[:, -1:]  # (B, 1)
+    return torch.maximum(j, end)  # (B, T)
 
 
+# A mask of your own is one function as above and one entry here: `python train.py --mask yours`.
 MASKS = {"causal": causal, "prefix": prefix, "ism": ism}
 
 
-def annealed(mask, share):
-    """The mask that has gone `share` of the way from causal to `mask`, from 0 to 1; rounded to whole tokens."""
-    return lambda segments: (j := causal(segments)) + (share * (mask(segments) - j)).round().long()
-
-
 def dense(f):
-    """f (B, T) -> boolean (B, T, T), True where row j may attend to column i."""
-    return torch.arange(f.shape[1], device=f.device) < f[..., None]
+    """f (B, T) -> booleans (B, T, T), True where row j may attend to column i."""
+    return torch.arange(f.shape[1], device=f.device) < f[:, :, None]
 
 
 def loss_positions(segments, f, answers_only=True):
-    """Where predicting the next token is trained: boolean (B, T).
+    """Where the prediction of the next token is trained: booleans (B, T).
 
-    The next token must be an answer's (answers_only=False: any real token), and nothing that reaches
-    position j may have seen it. Layers stack, so j knows all that any token before it has seen: the
-    condition is max(f(1), ..., f(j)) <= j, not f(j) <= j.
+    The next token must be an answer's (answers_only=False: any but padding), and nothing that
+    reaches position j may have seen it. Layers stack: through the tokens that it sees, j knows all
+    that those have seen. So the condition is max(f(1), ..., f(j)) <= j. A look at f(j) alone would
+    miss what leaks in through an earlier token.
     """
-    following = torch.zeros_like(segments)  # (B, T) the segment of the next token, 0 after the last
+    following = torch.zeros_like(segments)  # (B, T) the segment of the next token, if there is one
     following[:, :-1] = segments[:, 1:]
     wanted = following > 0
     if answers_only:
         wanted &= following % 2 == 0
-    return wanted & (f.cummax(1).values <= causal(segments))
-
-
-def one_pass(mask):
-    """True if one pass over a dialogue trains all its answers; a prefix mask needs one copy per turn."""
-    segments = torch.tensor([[1, 1, 2, 2, 3, 3, 4, 4]])
-    return bool((loss_positions(segments, mask(segments)).sum() == (segments % 2 == 0).sum()))
+    unseen = f.cummax(1).values <= causal(segments)  # (B, T)
+    return wanted & unseen
 
 
 def reusable(old, new):
-    """How many leading entries of one dialogue's KV cache, built under f `old` (1, S), hold under f `new` (1, T).
+    """How many leading entries of a KV cache, filled under f `old` (1, S), hold under `new` (1, T).
 
-    Rows before the first change keep their f, but those that see a changed row change with it. So the cut
-    must also be one that no row before it looks across.
+    An entry holds if its row sees what it saw, and all that it sees holds as well. So the cache is
+    cut at a place up to which no f has changed, and across which no row before it looks.
     """
     n = min(old.shape[1], new.shape[1])
-    same = (old[:, :n] == new[:, :n]).cumprod(1).bool()  # True up to the first row that changes
-    closed = new[:, :n].cummax(1).values <= causal(new[:, :n])  # True where a cut after this row is clean
-    return int((causal(new[:, :n]) * (same & closed)).amax()) if n else 0
+    if n == 0:
+        return 0
+    old, new = old[:, :n], new[:, :n]
+    j = causal(new)  # (1, n)
+    unchanged = (old == new).cumprod(1).bool()  # (1, n) True up to the first row that changes
+    closed = new.cummax(1).values <= j  # (1, n) True where no row up to here looks further
+    return int(torch.where(unchanged & closed, j, 0).max())
+
+
+def check(f, shape):
+    """ValueError if f is not an integer from 1 on for each token of this shape (B, T)."""
+    if f.dtype.is_floating_point or f.dtype == torch.bool:
+        raise ValueError(f"a mask returns integers, how many tokens each may see, not {f.dtype}")
+    if f.shape != shape:
+        raise ValueError(f"f needs an integer for each token {tuple(shape)}, not {tuple(f.shape)}")
+    if f.numel() > 0 and f.min() < 1:
+        raise ValueError(f"each token must see at least one; the mask returned a {int(f.min())}")
+
+
+# ==== below this line: masks on their way into training, and the drawing ====
+
+
+def one_pass(mask):
+    """True if one pass over a dialogue trains all its answers; a prefix needs a copy a turn."""
+    segments = torch.tensor([[1, 1, 2, 2, 3, 3, 4, 4]])
+    trained = loss_positions(segments, mask(segments)).sum()
+    return bool(trained == (segments % 2 == 0).sum())
+
+
+def annealed(mask, share):
+    """The mask that has gone `share` (0 to 1) of the way from causal to `mask`, in whole tokens."""
+
+    def between(segments):
+        j = causal(segments)
+        return j + (share * (mask(segments) - j)).round().long()
+
+    return between
 
 
 def draw(f, labels, columns=60):
-    """f (T,) and T labels -> lines of text, one a token: '#' its past, '+' its future, '.' hidden.
+    """f (T,) and T labels -> a line of text for each token, as at the top of this file.
 
     With more tokens than `columns` a cell stands for several tokens and shows the first of them.
     """
     T = len(labels)
-    cells = [c * T // min(T, columns) for c in range(min(T, columns))]
+    n = min(T, columns)
+    shown = [c * T // n for c in range(n)]  # the token that each cell shows
     width = max(map(len, labels), default=0)
-    return [f"{label:>{width}} " + "".join("." if i >= end else "#" if i <= j else "+" for i in cells)
-            for j, (label, end) in enumerate(zip(labels, f.tolist()))]
+    lines = []
+    for j, (label, end) in enumerate(zip(labels, f.tolist())):
+        past = "".join("#" for i in shown if i <= j and i < end)
+        future = "".join("+" for i in shown if j < i < end)
+        lines.append(f"{label:>{width}} {(past + future).ljust(n, '.')}")
+    return lines
 
 
 if __name__ == "__main__":
-    text = "<|user|> I'm Ann <|end|> <|assistant|> Hi Ann <|end|> <|user|> Who am I? <|end|> <|assistant|> You're Ann <|end|>"
-    segments = torch.tensor([[1] * 5 + [2] * 3 + [3] * 6 + [4] * 3])
-    labels = text.split()
+    turns = [
+        "<|user|> I'm Ann <|end|> <|assistant|>", "Hi Ann <|end|>",
+        "<|user|> Who am I? <|end|> <|assistant|>", "You're Ann <|end|>",
+    ]
+    labels = " ".join(turns).split()
+    segments = torch.tensor([[i + 1 for i, turn in enumerate(turns) for _ in turn.split()]])
     drawn = [draw(mask(segments)[0], labels) for mask in MASKS.values()]
     margin = max(map(len, labels)) + 1
     print(" " * margin + "   ".join(f"{name:{len(labels)}}" for name in MASKS))
     for first, *others in zip(*drawn):
-        print("   ".join([first] + [line[margin:] for line in others]))
+        print("   ".join([first, *(line[margin:] for line in others)]))
     print("A row is a token and what it sees: '#' its past and itself, '+' its future, '.' hidden.")

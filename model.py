@@ -2,35 +2,29 @@
 A decoder-only transformer with a pluggable attention mask and a KV cache, in one file.
 
 Notable features:
-- the mask is a vector f (see mask.py): row j may attend to the first f[j] tokens; None is causal
-- RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, q and k norms, tied embeddings,
-  token shift: the same class is a GPT, a LLaMA or a Qwen by its config alone (data/hf.py loads their weights)
-- one attention function over SDPA, with FlexAttention for long contexts on CUDA; a decoder that replays a CUDA graph
+- the mask is a vector f (see mask.py): row j may attend to the first f[j] tokens
+- RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, norms on queries
+  and keys, tied embeddings, token shift: by its config alone the same class is a GPT, a LLaMA or a
+  Qwen (data/hf.py loads their weights)
 - nothing here knows about text or dialogues
+
+The letters in the shapes: B dialogues, n new tokens, S tokens in all, C = n_embd, H heads (Hkv of
+keys and values) of D numbers each, V tokens in the vocabulary.
 """
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
-# On CUDA a mask over so many keys is left to FlexAttention. At 1,024 a compiled training step is 1.05 times as fast with it
-# as with a mask given to SDPA, at 4,096 forward and backward of attention alone are 1.26 times as fast (H100, bfloat16).
-FLEX_FROM = 1024
-
-
-@functools.cache
-def compiled(function):
-    """torch.compile, but not before it is needed: to import the compiler takes two seconds."""
-    torch._dynamo.config.recompile_limit = 64  # beyond its limit FlexAttention would fall back to a T x T matrix
-    return torch.compile(function)
+from mask import check
 
 
 @dataclass
 class GPTConfig:
+    """The sizes and options of a GPT. ValueError if they do not fit together."""
+
     vocab_size: int = 1280
     block_size: int = 256  # the longest context, in tokens
     n_layer: int = 4
@@ -40,121 +34,146 @@ class GPTConfig:
     n_hidden: int = 384  # width of the SwiGLU
     head_size: int = 0  # 0 is n_embd / n_head
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()  # LLaMA 3.1: (factor, low frequency factor, high frequency factor, original context)
+    # LLaMA 3.1: (factor, low frequency factor, high frequency factor, original context)
+    rope_scaling: tuple = ()
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm on each query and key head before the rotation, as in Qwen3
     tie_embeddings: bool = True
-    # Before attention, add to each position a learned share of the three before it. To find "the word after the name"
-    # a layer must know what stands before each word; this tells it. Off in LLaMA and Qwen shapes.
-    token_shift: bool = False
+    token_shift: bool = False  # see TokenShift; off in LLaMA and Qwen
 
     def __post_init__(self):
-        for f in fields(self):
-            if not isinstance(value := getattr(self, f.name), (int, float) if f.type is float else f.type):
-                raise ValueError(f"{f.name} must be {f.type.__name__}, not {value!r}")
-        known, self.head_size = self.head_size, self.head_size or self.n_embd // self.n_head
-        if (self.n_embd % self.n_head and not known) or self.head_size % 2:
-            raise ValueError(f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) times an even head size")
-        if not 0 < self.block_size <= 1 << 20 or not 0 < self.vocab_size <= 1 << 20:
-            raise ValueError(f"block_size ({self.block_size}) and vocab_size ({self.vocab_size}) must be from 1 to {1 << 20:,}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        C, H, Hkv = self.n_embd, self.n_head, self.n_kv_head
+        if self.head_size == 0 and C % H == 0:
+            self.head_size = C // H
+        if self.head_size == 0 or self.head_size % 2:
+            raise ValueError(f"n_embd ({C}) must be n_head ({H}) times an even head size")
+        if H % Hkv:
+            raise ValueError(f"n_head ({H}) must be a multiple of n_kv_head ({Hkv})")
 
 
-class Cache:
-    """Keys and values of the tokens seen so far, allocated once: 2 * n_layer * B * n_kv_head * S * D numbers.
+def attention(q, k, v, bias):
+    """Scaled dot-product attention: each row mixes the values of the keys that it sees.
 
-    With token shift also what each attention was given, n_layer * B * (S + 3) * n_embd numbers. To forget all
-    but the first p tokens, set `length` to p.
+    q (B, H, n, D), k and v (B, Hkv, S, D), bias (B, 1, n, S): 0 where a row sees a key, -inf where
+    not -> (B, H, n, D).
     """
+    # With grouped queries several heads share the same keys and values.
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)  # (B, H, S, D)
+        v = v.repeat_interleave(groups, 1)  # (B, H, S, D)
+    q = q / q.shape[-1] ** 0.5
+    # A score of -inf becomes a weight of 0.
+    scores = q @ k.mT + bias.to(q.dtype)  # (B, H, n, S)
+    weights = scores.softmax(-1)  # (B, H, n, S)
+    return weights @ v  # (B, H, n, D)
 
-    def __init__(self, config, batch_size=1, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_size)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, Hkv, S, D)
-        self.v = torch.empty_like(self.k)
-        slots = config.block_size + 3 if config.token_shift else 0  # before the first token stand three zeros
-        self.x = torch.zeros(config.n_layer, batch_size, slots, config.n_embd, device=device, dtype=dtype)  # (L, B, S + 3, C)
-        self.length = 0
 
+def choose_attention(f, S, device):
+    """How n rows with bounds f (B, n) look at S keys: a function of (q, k, v) for all layers.
 
-def visible(f, n, S, device="cpu"):
-    """The attn_mask of n new rows over S keys: None (all is seen), "causal", a boolean mask or a BlockMask.
-
-    f (B, n) or None (causal). It is looked at here, so it should be on the CPU: looking at it on a GPU would
-    make the host wait. An f beyond S sees all there is. What is returned is on the device.
+    This is the plain way. Below the line stands one that chooses the fastest among equals.
     """
-    if f is None and n in (1, S):
-        return "causal" if n > 1 else None
-    if f is None:
-        f = torch.arange(S - n + 1, S + 1)[None]  # causal rows over a cache: a triangle at the bottom right
-    elif f.min() >= S:
-        return None
-    elif n == S and (f == torch.arange(1, n + 1)).all():
-        return "causal"
-    f = f.to(device, non_blocking=True)
-    if f.is_cuda and S >= FLEX_FROM:
-        return blocks(f, S)
-    return (torch.arange(S, device=device) < f[..., None])[:, None]  # (B, 1, n, S)
-
-
-def blocks(f, S, size=128):
-    """f (B, n) over S keys as the blocks that FlexAttention visits: (n / size) * (S / size) indices, never n * S.
-
-    Since a row sees leading tokens, a row of blocks is so many full ones, then some that need a look, then none.
-    """
-    n = f.shape[1]
-    f = F.pad(f[:, None].float(), (0, -n % size), mode="replicate")[:, 0].long().clamp(max=S)  # (B, R * size)
-    rows = f.view(len(f), 1, -1, size)  # (B, 1, R, size)
-    full, end = rows.amin(3) // size, (rows.amax(3) + size - 1) // size  # (B, 1, R)
-    column = torch.arange(-(-S // size), device=f.device).expand(*full.shape, -1)  # (B, 1, R, S / size)
-    return BlockMask.from_kv_blocks((end - full).int(), ((column + full[..., None]) % column.shape[3]).int(), full.int(),
-                                    column.int(), size, lambda b, h, i, j: j < f[b, i], (n, S))
-
-
-def attention(q, k, v, attn_mask):
-    """q (B, H, n, D), k and v (B, Hkv, S, D), attn_mask from `visible` on their device -> (B, H, n, D)."""
-    B, H, n, D = q.shape
-    groups = H // k.shape[1]
-    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.int32:
-        # Inside a CUDA graph: where rows and keys begin and end, on the device. At 2,048 tokens 3.0 times, at 8,192
-        # 5.9 times as fast as SDPA with a row of a mask.
-        row, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, H, D), (S, Hkv, D)
-        y, *_ = torch.ops.aten._flash_attention_forward(row, keys, values, *attn_mask, 1, k.shape[2], 0.0, False, False)
-        return y.view(B, H, n, D)
-    if isinstance(attn_mask, BlockMask):
-        return compiled(flex_attention)(q, k, v, block_mask=attn_mask, enable_gqa=groups > 1)
-    if n == 1:  # the heads of a group become rows of one head, so that the cache is not copied for each
-        return F.scaled_dot_product_attention(q.reshape(B, -1, groups, D), k, v, attn_mask).view(B, H, 1, D)
-    # The backward of SDPA on the CPU is slow for short rows: a step of the default run took 1.3 times as long with it.
-    short = attn_mask is not None and q.requires_grad and q.device.type == "cpu" and k.shape[2] <= 256
-    if not short and not isinstance(attn_mask, torch.Tensor):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=attn_mask == "causal", enable_gqa=groups > 1)
-    if groups > 1:  # no fused kernel takes both a mask and grouped heads
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if not short:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask)
-    allowed = attn_mask if isinstance(attn_mask, torch.Tensor) else torch.ones(n, n, dtype=torch.bool).tril()
-    bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
-    scores = torch.add(bias, q @ k.mT, alpha=D**-0.5)  # (B, H, n, S)
-    return scores.softmax(-1) @ v
+    hidden = torch.arange(S) >= f[:, :, None]  # (B, n, S)
+    bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    bias = bias[:, None].to(device)  # (B, 1, n, S)
+    return lambda q, k, v: attention(q, k, v, bias)
 
 
 def rope_tables(config):
-    """The rotation of each position: cos and signed sin, each (block_size, 1, D) float32.
+    """The rotation of each position, cos and sin of its angles: two tensors (block_size, 1, D).
 
-    With rope_scaling wavelengths of many turns in the original context stay, those of few turns grow by the
-    factor, and those between are blended (LLaMA 3.1's model card and reference code).
+    Pair i of a head turns by theta^(-2i / D) a token: fast for the first pairs, slowly for the last
+    (RoPE, Su et al., 2021, section 3.2).
     """
     D = config.head_size
     frequency = config.rope_theta ** (-torch.arange(0, D, 2) / D)  # (D / 2,)
     if config.rope_scaling:
+        # A longer context: pairs that make many turns in the original one stay, those of few turns
+        # are slowed down by the factor, and between them it is blended (LLaMA 3.1's model card).
         factor, low, high, original = config.rope_scaling
-        keep = ((original * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)  # (D / 2,)
+        turns = original * frequency / (2 * torch.pi)  # (D / 2,)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / factor)
-    angles = torch.arange(config.block_size)[:, None] * frequency
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (block_size, 1, D / 2)
+    angles = torch.arange(config.block_size)[:, None] * frequency  # (block_size, D / 2)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (block_size, 1, D / 2) each
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x, rotation):
+    """Turn each pair (a, b) of a head by its position's angle: (a cos - b sin, b cos + a sin).
+
+    x (B, n, H, D); a is in the first half of a head, its b in the second. Scores of rotated queries
+    and keys depend on how far apart two tokens stand.
+    """
+    cos, sin = (table.to(x.dtype) for table in rotation)  # (n, 1, D) each, sin with its sign
+    swapped = x.roll(x.shape[-1] // 2, -1)  # (b, a)
+    return torch.addcmul(x * cos, swapped, sin)  # x cos + swapped sin, in one pass
+
+
+class Cache:
+    """Keys and values of the tokens so far: 2 * n_layer * B * Hkv * block_size * D numbers.
+
+    With token shift also what each attention was given, n_layer * B * (block_size + 3) * C numbers.
+    To forget all but the first p tokens, set `length` to p.
+    """
+
+    def __init__(self, config, batch_size=1, device=None, dtype=None):
+        L, S, C = config.n_layer, config.block_size, config.n_embd
+        shape = (L, batch_size, config.n_kv_head, S, config.head_size)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (L, B, Hkv, S, D)
+        self.v = torch.empty_like(self.k)
+        slots = S + TokenShift.REACH if config.token_shift else 0
+        self.x = torch.zeros(L, batch_size, slots, C, device=device, dtype=dtype)
+        self.length = 0
+
+
+class LayerCache:
+    """One layer's part of a Cache while n tokens are read, at their places (n,) of `end` in all."""
+
+    def __init__(self, cache, layer, places, end):
+        self.k, self.v, self.x = cache.k[layer], cache.v[layer], cache.x[layer]
+        self.places, self.end = places, end
+
+    def add(self, k, v):
+        """Keys and values of the new tokens (B, Hkv, n, D) -> those of all (B, Hkv, end, D)."""
+        self.k.index_copy_(2, self.places, k)
+        self.v.index_copy_(2, self.places, v)
+        return self.k[:, :, : self.end], self.v[:, :, : self.end]  # views: nothing is copied
+
+    def add_inputs(self, x):
+        """The new tokens' inputs (B, n, C) -> these behind the three before them (B, n + 3, C)."""
+        n, reach = x.shape[1], TokenShift.REACH
+        self.x.index_copy_(1, self.places + reach, x)
+        known = self.places[0] + torch.arange(n + reach, device=x.device)  # (n + 3,)
+        return self.x.index_select(1, known)
+
+
+class TokenShift(nn.Module):
+    """Before attention, adds to each position a learned share of each of the three before it.
+
+    To find "the word after the name" a layer must know what stands before each word; this tells it.
+    """
+
+    REACH = 3
+
+    def __init__(self, config):
+        super().__init__()
+        # Random shares keep the positions apart: equal ones of 0.3 left the loss at 0.92 after 600
+        # steps, these at 0.73.
+        self.shares = nn.Parameter(0.5 * torch.randn(self.REACH, config.n_embd))
+
+    def forward(self, x, cache=None):
+        n = x.shape[1]
+        if cache is None:
+            past = F.pad(x, (0, 0, self.REACH, 0))  # (B, n + 3, C) zeros before the first token
+        else:
+            past = cache.add_inputs(x)  # (B, n + 3, C)
+        for back, share in enumerate(self.shares, 1):
+            start = self.REACH - back
+            x = torch.addcmul(x, past[:, start : start + n], share)  # x + past * share
+        return x
 
 
 class Attention(nn.Module):
@@ -162,51 +181,43 @@ class Attention(nn.Module):
         super().__init__()
         self.sizes = config.n_head, config.n_kv_head, config.head_size
         H, Hkv, D = self.sizes
+        self.shift = TokenShift(config) if config.token_shift else None
         self.qkv = nn.Linear(config.n_embd, (H + 2 * Hkv) * D, bias=config.qkv_bias)
         self.out = nn.Linear(H * D, config.n_embd, bias=False)
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
-        # Random shares keep the positions apart: equal ones of 0.3 left the loss at 0.92 after 600 steps, these at 0.73.
-        self.shares = nn.Parameter(0.5 * torch.randn(3, config.n_embd)) if config.token_shift else None
 
-    def forward(self, x, attn_mask, rope, cached=None):
-        (B, n, C), (H, Hkv, D) = x.shape, self.sizes
-        if cached is not None:
-            keys, values, inputs, at, S = cached  # the cache of this layer, the new tokens' places in it, its tokens in all
-        if self.shares is not None:
-            if cached is None:
-                past = F.pad(x, (0, 0, 3, 0))  # (B, n + 3, C)
-            else:
-                inputs.index_copy_(1, at + 3, x)
-                past = inputs.index_select(1, at[0] + torch.arange(n + 3, device=at.device))  # (B, n + 3, C)
-            for i, share in enumerate(self.shares):  # the first new token is past[:, 3]: share i weighs what stands i + 1 before
-                x = torch.addcmul(x, past[:, 2 - i : 2 - i + n], share)
+    def forward(self, x, attend, rotation, cache=None):
+        B, n = x.shape[:2]
+        H, Hkv, D = self.sizes
+        if self.shift is not None:
+            x = self.shift(x, cache)  # (B, n, C)
         qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
+        # Queries and keys are treated alike, so they stay in one tensor until they are turned.
         qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
         if self.q_norm is not None:
-            scale = torch.cat([self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(Hkv, D)])  # (H + Hkv, D)
-            qk = F.rms_norm(qk, (D,), eps=self.q_norm.eps) * scale.to(qk.dtype)  # (B, n, H + Hkv, D)
-        cos, sin = (table.to(qk.dtype) for table in rope)  # (n, 1, D)
-        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)  # rotates queries and keys in one go
-        q, k = qk.transpose(1, 2).split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)
+            scale = self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(Hkv, D)
+            qk = F.rms_norm(qk, (D,), eps=self.q_norm.eps) * torch.cat(scale).to(qk.dtype)
+        qk = rotate(qk, rotation).transpose(1, 2)  # (B, H + Hkv, n, D)
+        q, k = qk.split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)
         v = v.transpose(1, 2)  # (B, Hkv, n, D)
-        if cached is not None:
-            keys.index_copy_(2, at, k)
-            values.index_copy_(2, at, v)
-            k, v = keys[:, :, :S], values[:, :, :S]  # views: the cache is never copied
-        y = attention(q, k, v, attn_mask)  # (B, H, n, D)
-        return self.out(y.transpose(1, 2).reshape(B, n, H * D))
+        if cache is not None:
+            k, v = cache.add(k, v)  # (B, Hkv, S, D)
+        y = attend(q, k, v)  # (B, H, n, D)
+        return self.out(y.transpose(1, 2).reshape(B, n, H * D))  # (B, n, C)
 
 
 class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate) * up), with gate and up in one product."""
+
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)  # gate and up in one product
+        self.up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=False)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        gate, up = self.up(x).chunk(2, -1)  # (B, n, n_hidden) each
+        return self.down(F.silu(gate) * up)  # (B, n, C)
 
 
 class Block(nn.Module):
@@ -217,150 +228,278 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, attn_mask, rope, cached=None):
-        x = x + self.attention(self.norm1(x), attn_mask, rope, cached)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, attend, rotation, cache=None):
+        x = x + self.attention(self.norm1(x), attend, rotation, cache)  # (B, n, C)
+        return x + self.mlp(self.norm2(x))  # (B, n, C)
 
 
 class GPT(nn.Module):
-    """A GPT over token ids."""
+    """Token ids in, logits of the next token out."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing = config, False  # True: the backward pass computes each block again to save memory
+        self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.initialize()
+        cos, sin = rope_tables(config)  # (block_size, 1, D) each
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def initialize(self):
+        """Draw the weights so that each layer keeps the size of what goes through it."""
+        nn.init.normal_(self.embed.weight, std=0.02)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name == "embed.weight":
-                nn.init.normal_(p, std=0.02)
-            elif p.dim() > 1 and not name.endswith("shares"):  # what writes to the residual stream starts smaller, by the depth
+            elif p.dim() == 2 and not name.endswith(("embed.weight", "shares")):
+                # What writes to the residual stream starts smaller, since the layers add up.
                 writes = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * config.n_layer if writes else 1)) ** -0.5)
-        cos, sin = rope_tables(config)  # (block_size, 1, D)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+                layers = 2 * self.config.n_layer if writes else 1
+                nn.init.normal_(p, std=(p.shape[1] * layers) ** -0.5)
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, tokens, f=None, cache=None, at=None):
-        """tokens (B, n) int64 -> logits (B, n, vocab_size), or (N, vocab_size) for the N positions in `at`.
+        """tokens (B, n) -> logits (B, n, V), or (N, V) for the N places `at` in the flattened rows.
 
-        f (B, n) integers, best on the CPU: how many leading tokens of the whole context, cache included, each
-        row may see, at least 1; None is causal. With a cache the tokens stand behind those in it, and it grows.
-        at (N,) integers: the positions in the flattened rows where logits are wanted. ValueError if the context does not fit into block_size.
+        f (B, n) integers, on the CPU: how many leading tokens of the whole context, those in the
+        cache included, each new token may see; None is causal. With a cache the tokens stand behind
+        those in it, and it grows. ValueError if they do not fit into block_size, or f not to them.
         """
-        n, start = tokens.shape[1], cache.length if cache is not None else 0
-        end = start + n
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
         if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
-        attn_mask = visible(f, n, end, tokens.device)
-        logits = self.layers(tokens, attn_mask, cache, torch.arange(start, end, device=tokens.device), end, at)
+            size = self.config.block_size
+            raise ValueError(f"{end} tokens do not fit into the context of {size}")
+        if f is None:
+            f = torch.arange(start + 1, end + 1).expand(tokens.shape)
+        check(f, tokens.shape)
+        attend = choose_attention(f, end, tokens.device)
+        places = torch.arange(start, end, device=tokens.device)  # (n,)
+        logits = self.layers(tokens, attend, places, end, cache, at)
         if cache is not None:
             cache.length = end
         return logits
 
-    def layers(self, tokens, attn_mask, cache, places, S, at=None):
-        """Tokens (B, n) at their places (n,) among the S keys that attn_mask is about -> logits."""
+    def layers(self, tokens, attend, places, end, cache=None, at=None):
+        """Tokens (B, n) at their places (n,) among `end` in all -> logits, as forward."""
         x = self.embed(tokens)  # (B, n, C)
-        rope = self.cos[places], self.sin[places]  # (n, 1, D)
+        rotation = self.cos[places], self.sin[places]  # (n, 1, D) each
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, attn_mask, rope, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a block
-            else:
-                x = block(x, attn_mask, rope, None if cache is None else (cache.k[i], cache.v[i], cache.x[i], places, S))
-        x = self.norm(x if at is None else x.flatten(0, 1)[at])  # (B, n, C) or (N, C)
-        return self.head(x)  # (B, n, V) or (N, V)
+            layer = None if cache is None else LayerCache(cache, i, places, end)
+            x = block(x, attend, rotation, layer)  # (B, n, C)
+        if at is not None:
+            x = x.flatten(0, 1)[at]  # (N, C)
+        return self.head(self.norm(x))  # (B, n, V) or (N, V)
+
+
+# ==== below this line: what makes it faster or safer, and changes no result ====
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+
+def sdpa(q, k, v, seen=None, causal=False):
+    """The same as `attention` by a fused kernel of PyTorch; without `seen` all is seen."""
+    B, H, n, D = q.shape
+    groups = H // k.shape[1]
+    if n == 1:
+        # The heads of a group become rows of one head, so that the cache is not copied for each.
+        rows = q.reshape(B, -1, groups, D)  # (B, Hkv, groups, D)
+        return F.scaled_dot_product_attention(rows, k, v, seen).view(B, H, 1, D)
+    if seen is not None and groups > 1:
+        # No fused kernel takes both a mask and grouped heads.
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, D)
+        groups = 1
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=groups > 1)
+
+
+# Up to so many keys training on the CPU takes the plain attention, since the backward of SDPA is
+# slow there for short rows: with it a step of the default run took 1.3 times as long.
+SHORT = 256
+# From so many keys on CUDA a mask is left to FlexAttention. At 1,024 a compiled training step is
+# 1.05 times as fast as with a mask given to SDPA, at 4,096 forward and backward of attention alone
+# are 1.26 times as fast (H100, bfloat16).
+FLEX_FROM = 1024
+
+
+def fastest_attention(f, S, device, plain=choose_attention):
+    """As choose_attention. f is looked at here, on the CPU: a look at a GPU would make it wait."""
+    n = f.shape[1]
+    if device.type == "cpu" and S <= SHORT and torch.is_grad_enabled():
+        return plain(f, S, device)
+    if f.min() >= S:
+        # Under ISM so it is in a chat: a query and a token of an answer see the whole cache.
+        return sdpa
+    if n == S and (f == torch.arange(1, n + 1)).all():
+        return functools.partial(sdpa, causal=True)
+    f = f.to(device, non_blocking=True)
+    if device.type == "cuda" and S >= FLEX_FROM:
+        return functools.partial(attend_by_blocks, mask=block_mask(f, S))
+    seen = torch.arange(S, device=device) < f[:, :, None]  # (B, n, S)
+    return functools.partial(sdpa, seen=seen[:, None])
+
+
+choose_attention = fastest_attention  # from here on GPT.forward finds this one
+
+
+def block_mask(f, S, size=128):
+    """f (B, n) over S keys for FlexAttention: (n / size) * (S / size) indices, never n * S.
+
+    Since a row sees leading tokens, a row of blocks is so many full ones, then some that need a
+    look, then none.
+    """
+    n = f.shape[1]
+    # The last row stands in for those that are missing to a whole block.
+    f = F.pad(f[:, None].float(), (0, -n % size), mode="replicate")[:, 0].long()  # (B, R * size)
+    f = f.clamp(max=S)
+    rows = f.view(len(f), 1, -1, size)  # (B, 1, R, size)
+    full = rows.amin(3) // size  # (B, 1, R)
+    end = (rows.amax(3) + size - 1) // size  # (B, 1, R)
+    column = torch.arange(-(-S // size), device=f.device).expand(*full.shape, -1)  # (B, 1, R, K)
+    behind = (column + full[..., None]) % column.shape[3]  # (B, 1, R, K) from the full ones on
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks=(end - full).int(), kv_indices=behind.int(),
+        full_kv_num_blocks=full.int(), full_kv_indices=column.int(),
+        BLOCK_SIZE=size, mask_mod=lambda b, h, i, j: j < f[b, i], seq_lengths=(n, S),
+    )
+
+
+def attend_by_blocks(q, k, v, mask):
+    grouped = q.shape[1] > k.shape[1]
+    return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile, but not before it is needed: to import the compiler takes two seconds."""
+    # Beyond its limit of shapes FlexAttention would fall back to a matrix of T x T.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function)
+
+
+def recompute_blocks(model):
+    """Let the backward pass compute each block again, to keep the activations of one at a time."""
+    for block in model.blocks:
+        # Nothing is drawn in a block, so that no state of a random generator has to be kept.
+        keep = {"use_reentrant": False, "preserve_rng_state": False}
+        block.forward = functools.partial(checkpoint, block.forward, **keep)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in bfloat16 on the CPU, its weight laid out once as oneDNN wants it and not at every call."""
+    """A linear layer in bfloat16 on the CPU, its weight laid out once for oneDNN, not at each call.
+
+    The operators are private to torch: `pack` leaves a layer as it is where they are not as here.
+    """
 
     def __init__(self, linear):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.bias = linear.bias
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 class Int8Linear(nn.Module):
-    """A linear layer on the CPU whose weight is rounded to 8 bits, with a scale for each row."""
+    """A linear layer on the CPU whose weight is rounded to 8 bits, with a scale for each row.
+
+    One row at a time goes through an operator that is private to torch, see `pack`.
+    """
 
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
-        self.weight, self.scale, self.bias = (weight / scale).round().to(torch.int8), scale[:, 0].to(linear.weight.dtype), linear.bias
+        self.weight = (weight / scale).round().to(torch.int8)  # (out, in)
+        self.scale = scale[:, 0].to(linear.weight.dtype)  # (out,)
+        self.bias = linear.bias
 
     def forward(self, x):
         if x.shape[:-1].numel() > 1:  # many rows: a product in x's dtype is twice as fast
             return F.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
-        y = torch._weight_int8pack_mm(x.view(1, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
+        y = torch._weight_int8pack_mm(x.view(1, -1), self.weight, self.scale)  # (1, out)
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 def pack(model, int8=False):
-    """A bfloat16 model on the CPU gets linear layers that only read: 1.2 times as many tokens a second, in 8 bits 2.2 times.
+    """A bfloat16 model on the CPU gets linear layers that only read; other models stay as they are.
 
-    The logits stay the same, in 8 bits nearly. Elsewhere, and in float32, the model stays as it is.
+    Chat writes 1.2 times as many tokens a second, in 8 bits 2.2 times. The logits stay the same, in
+    8 bits nearly. Where torch has no such operators the layers stay as they are as well.
     """
     weight = model.embed.weight
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.is_cpu and weight.dtype == torch.bfloat16 and (int8 or fast):
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, Int8Linear(child) if int8 else PackedLinear(child))
+    if not weight.is_cpu or weight.dtype != torch.bfloat16:
+        return model
+    packed = Int8Linear if int8 else PackedLinear
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                try:
+                    layer = packed(child)
+                    layer(torch.zeros(1, child.in_features, dtype=weight.dtype))
+                except (AttributeError, NotImplementedError, RuntimeError):
+                    return model
+                setattr(module, name, layer)
     return model
 
 
-class Decoder:
-    """One token after another, with a batch of one, where Decoder.runs(cache).
+class Replay:
+    """One token after another, with a batch of one, by replaying a CUDA graph: no Python per layer.
 
-    Replays a CUDA graph, so that a token costs no Python per layer. The length of the cache is data on the device.
+    A graph has fixed shapes. So each token sees a cache of a power of two tokens under a row of a
+    mask, which is made on the device from the token's place; there is a graph for each such size.
+    On the CPU the same steps run without a graph.
     """
 
-    @staticmethod
-    def runs(cache):
-        """Whether FlashAttention takes this cache: in float16 or bfloat16, on CUDA from Ampere on."""
-        return cache.k.is_cuda and cache.k.dtype != torch.float32 and torch.cuda.get_device_capability(cache.k.device) >= (8, 0)
-
     def __init__(self, model, cache):
-        self.model, self.cache, self.graph = model, cache, None
-        self.token, self.place = torch.zeros(2, 1, dtype=torch.long, device=cache.k.device)  # (1,), (1,)
-        # Where rows (0 to 1) and keys (0 to the length) begin and end, as the kernel for rows of different lengths has it.
-        self.ends = torch.tensor([[0, 1], [0, 0]], dtype=torch.int32, device=cache.k.device)
+        self.model, self.cache, self.graphs = model, cache, {}
+        # What is hidden gets the weight 0, but 0 times what memory happens to hold could be NaN.
+        cache.k.zero_()
+        cache.v.zero_()
+        device = cache.k.device
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
 
     @torch.inference_mode()
     def __call__(self, token):
-        """A token goes behind the cache and sees all of it -> the logits (V,), to be read before the next call."""
+        """A token goes behind the cache and sees all of it -> logits (V,), until the next call."""
         place, size = self.cache.length, self.model.config.block_size
         if place >= size:
             raise ValueError(f"{place + 1} tokens do not fit into the context of {size}")
-        for slot, value in ((self.token, token), (self.place, place), (self.ends[1, 1], place + 1)):
-            slot.fill_(value)  # a copy from the host would make it wait
-        if self.graph is None:
-            self.capture()
-        self.graph.replay()
+        self.token.fill_(token)  # a fill and no copy from the host, which would make it wait
+        self.place.fill_(place)
+        end = min(max(128, 1 << place.bit_length()), size)
+        if not self.place.is_cuda:
+            logits = self.step(end)
+        else:
+            if end not in self.graphs:
+                self.graphs[end] = self.capture(end)
+            graph, logits = self.graphs[end]
+            graph.replay()
         self.cache.length += 1
-        return self.logits
+        return logits
 
-    def step(self):
-        return self.model.layers(self.token[None], self.ends, self.cache, self.place, self.model.config.block_size)[0, 0]
+    def step(self, end):
+        """The logits (V,) of the token at its place, over the first `end` places of the cache."""
+        seen = torch.arange(end, device=self.place.device) <= self.place  # (end,)
+        attend = functools.partial(sdpa, seen=seen[None, None, None])
+        return self.model.layers(self.token, attend, self.place, end, self.cache)[0, 0]
 
-    def capture(self):
-        stream = torch.cuda.Stream()  # the first run sets up the libraries, which must not be captured
+    def capture(self, end):
+        # The first run sets up the libraries, which must not be captured.
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step()
+            self.step(end)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.step(end)
+        return graph, logits

@@ -1,98 +1,84 @@
 """
 Chat with a trained model: `python sample.py`.
 
-Each turn is encoded once and stays in the KV cache as long as the mask allows it. That is decided by f and not
-by the mask's name: at each turn f is computed for the dialogue as it now stands, and the cache is kept up to
-what the change of f leaves valid. Under ISM and causal that is all of it, under prefix nothing.
+Each turn is read once and stays in the KV cache as long as the mask allows it. That is decided by
+f and not by the mask's name: at each turn f is computed for the dialogue as it now stands, and the
+cache is kept as far as the old f and the new one agree. Under ISM and causal that is all of it,
+under prefix nothing.
+
+Read `Chat.stream` first: a turn is opened, written, closed.
 """
 import codecs
-import json
-import pathlib
-import signal
-import sys
+import threading
 import time
 
 import torch
 
-from data.checkpoint import load_checkpoint, whole_file
-from data.hf import from_pretrained, load_tokenizer, read_config
-from data.loader import well_formed
-from data.tokenizer import Tokenizer, one_line, printable
-from mask import MASKS, draw, reusable
-from model import GPT, Cache, Decoder, GPTConfig, pack
-from train import Parser, out_of_memory, pick_device, pick_dtype
+from mask import reusable
+from model import Cache, Replay
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """logits (V,) -> a token id: the likeliest if temperature is 0, else drawn from the top_k and the nucleus top_p.
+    """logits (V,) -> a token id: the likeliest if temperature is 0, else one drawn at random.
 
-    ValueError if there is nothing to draw from, since the logits are NaN.
+    It is drawn from the top_k likeliest (0: from all), and of these from the fewest whose
+    probability reaches top_p. ValueError if the logits are NaN, so that there is nothing to draw.
     """
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits.cpu() / temperature  # drawn on the CPU, so that a seed gives the same text on each device
-    if top_k:
-        logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-    probs, order = logits.softmax(-1).sort(descending=True)
+    logits = logits.cpu() / temperature  # on the CPU a seed draws the same for each device
+    if top_k > 0:
+        least = logits.topk(min(top_k, len(logits))).values[-1]
+        logits[logits < least] = -torch.inf
+    probs, order = logits.softmax(-1).sort(descending=True)  # (V,) each
     if probs.isnan().any():
         raise ValueError("the model's logits are not numbers; are its weights damaged?")
-    probs[probs.cumsum(0) - probs >= top_p] = 0  # the smallest set whose probability reaches top_p
+    before = probs.cumsum(0) - probs  # (V,) the probability of all that are likelier
+    probs[before >= top_p] = 0
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
 class Chat:
-    """A conversation with a model. `reply = chat.send("...")`, or `for piece in chat.stream("...")`.
+    """A conversation: `reply = chat.send("...")`, or `for piece in chat.stream("...")`.
 
-    The history is kept as token ids and never encoded again from its text. mask is a function of mask.py;
-    notify is called with a line when turns are dropped because the context is full.
+    The history is kept as token ids and never encoded again from its text. mask is a function of
+    mask.py; notify is called with a line when turns are forgotten because the context is full.
     """
 
-    def __init__(self, model, tokenizer, mask, system="", temperature=0.0, top_k=0, top_p=1.0, seed=0,
-                 max_new_tokens=200, notify=lambda line: None):
+    def __init__(self, model, tokenizer, mask, system="", temperature=0.0, top_k=0, top_p=1.0,
+                 seed=0, max_new_tokens=200, notify=lambda line: None):
         self.model, self.tokenizer, self.mask, self.notify = model.eval(), tokenizer, mask, notify
-        self.temperature, self.top_k, self.top_p, self.max_new_tokens = temperature, top_k, top_p, max_new_tokens
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+        self.max_new_tokens = max_new_tokens
         weight = model.embed.weight
         self.device, self.size = weight.device, model.config.block_size
-        self.generator = torch.Generator().manual_seed(seed)
         self.cache = Cache(model.config, device=weight.device, dtype=weight.dtype)
-        self.decoder = Decoder(model, self.cache) if Decoder.runs(self.cache) else None
+        self.replay = Replay(model, self.cache) if weight.is_cuda else None
         self.silent = torch.tensor(tokenizer.unsayable, device=self.device)
         self.stop = False  # set it from a signal handler or another thread to end the answer
+        self.busy = threading.Lock()  # held while a turn is open
         self.messages = [{"role": "system", "content": system}] if system else []
         self.reset()
 
     def reset(self):
         """Forget all but the system prompt."""
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
-        self.system = self.tokenizer.begin + self.tokenizer.encode_given(self.messages, header=False)
-        self.turns = []  # (query tokens, answer tokens), the system prompt not among them
+        given = self.tokenizer.encode_given(self.messages, header=False)
+        self.system = self.tokenizer.begin + given  # tokens
+        self.turns = []  # (tokens of the query, tokens of the answer)
         self.f = torch.zeros(1, 0, dtype=torch.long)  # the f under which the cache was filled
         self.cache.length = 0
         self.stats = {}
 
-    def load(self, messages):
-        """Go on from a conversation, a list of messages that ends with an answer, maybe after a system prompt."""
-        if not well_formed(messages) or messages[-1]["role"] != "assistant":
-            raise ValueError("a history is a list of system, user and assistant messages that ends with the assistant's")
-        if messages[0]["role"] == "system":
-            self.messages, messages = messages[:1], messages[1:]
-        self.reset()
-        given = []
-        for message in messages:
-            if message["role"] == "assistant":
-                self.turns.append((self.tokenizer.encode_given(given), self.tokenizer.encode_answer(message["content"])))
-                given = []
-            else:
-                given.append(message)
-        self.messages += messages
-
     def layout(self):
         """The dialogue so far as (tokens, segments), two lists."""
-        tokens, segments = list(self.system), [1] * len(self.system)
+        tokens = list(self.system)
+        segments = [1] * len(tokens)
         for i, (query, answer) in enumerate(self.turns):
-            for j, part in enumerate((self.tokenizer.after * (i > 0) + query, answer)):
-                tokens += part
-                segments += [2 * i + j + 1] * len(part)
+            given = query if i == 0 else self.tokenizer.after + query
+            tokens += given + answer
+            segments += [2 * i + 1] * len(given) + [2 * i + 2] * len(answer)
         return tokens, segments
 
     def send(self, text):
@@ -101,126 +87,224 @@ class Chat:
 
     @torch.inference_mode()
     def stream(self, text):
-        """Yield the answer to a query piece by piece. ValueError if the query does not fit into the context."""
-        message = {"role": "user", "content": text}
-        if len(text.encode("utf-8", "replace")) > self.size * self.tokenizer.longest:  # before the tokenizer has to read it
-            raise ValueError(f"the query is too long for the context of {self.size} tokens")
-        query = self.tokenizer.encode_given([message])
-        if len(self.system) + len(query) + 2 > self.size:  # an answer is at least one token and <|end|>
-            raise ValueError(f"the query has {len(query)} tokens and the system prompt {len(self.system)}: "
-                             f"too long for the context of {self.size}")
-        self.stop = False
+        """Yield the answer to a query piece by piece. ValueError if the query does not fit."""
         began = time.perf_counter()
-        answer, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
-        self.turns.append((query, answer))  # the answer grows below
+        logits = self.open(text)  # (V,)
+        opened = time.perf_counter()
+        self.stats = {"prefill tokens": self.fed, "prefill s": opened - began}
+        try:
+            yield from self.write(logits)
+        finally:  # also when the caller stops listening
+            rest = self.close()
+            self.stats["decode tokens"] = len(self.turns[-1][1])
+            self.stats["decode s"] = time.perf_counter() - opened
+        yield rest
+
+    def open(self, text):
+        """Open a turn: the query is read into the cache -> the logits (V,) of the first token."""
+        message = {"role": "user", "content": text}
+        query = self.encode_query(message)
+        if not self.busy.acquire(blocking=False):
+            raise ValueError("this chat is writing an answer; read that to its end, or close it")
+        self.stop = False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.turns.append((query, []))
         try:
             logits = self.read()
         except BaseException:  # interrupted, or out of memory: as if nothing had been asked
             self.turns.pop()
             self.f = self.f[:, : self.cache.length]
+            self.busy.release()
             raise
         self.messages += [message, {"role": "assistant", "content": ""}]
-        try:
-            self.stats = {"prefill tokens": self.fed, "prefill s": time.perf_counter() - began}
-            while not self.stop and len(answer) < self.max_new_tokens:
-                logits[self.silent] = -torch.inf
-                token = sample(logits, self.temperature, self.top_k, self.top_p, self.generator)
-                self.stats.setdefault("first token s", time.perf_counter() - began)
-                if token == self.tokenizer.end:
-                    break
-                answer.append(token)
-                piece = printable(decoder.decode(self.tokenizer.token_bytes(token)))
-                self.messages[-1]["content"] += piece
-                yield piece
-                if self.cache.length + 3 <= self.size:  # room for the token, for one more at which the caller stops, for <|end|>
-                    logits = self.feed(token)
-                elif len(self.turns) > 1:
-                    logits = self.read()
-                else:
-                    answer.pop()
-                    self.notify(f"[the answer has filled the context of {self.size} tokens]")
-                    break
-        finally:  # also when the caller stops listening: the history must end with <|end|>
-            rest = printable(decoder.decode(b"", final=True))
-            self.messages[-1]["content"] += rest
-            answer.append(self.tokenizer.end)
-            tokens, _ = self.layout()
-            for token in tokens[self.cache.length :]:  # <|end|> alone: read with the next query it would need a mask
-                self.feed(token)
-            self.f = self.f[:, : self.cache.length]
-            self.stats["decode s"] = time.perf_counter() - began - self.stats.get("prefill s", 0)
-            self.stats["decode tokens"] = len(answer)
-        yield rest
+        return logits
 
     def read(self):
-        """Bring the cache up to the dialogue in one call, dropping old turns if it is full: the next logits (V,)."""
+        """Bring the cache up to the dialogue, in one call -> the logits (V,) of the next token."""
         tokens, segments = self.layout()
         if len(tokens) + 2 > self.size:
-            dropped = 0
-            while len(self.turns) > 1 and len(tokens) > self.size // 2:
-                self.turns.pop(0)
-                dropped += 1
-                tokens, segments = self.layout()
-            self.cache.length, self.f = 0, self.f[:, :0]
-            self.notify(f"[the context of {self.size} tokens is full: the oldest {dropped} turns are forgotten]")
-        n = len(tokens)
-        answer = segments[-1] + segments[-1] % 2  # being written or to come: f is asked for all of it now, and feed only cuts it
-        f = self.mask(torch.tensor([segments + [answer] * (self.size - n)]))  # (1, block_size)
-        self.cache.length = keep = min(reusable(self.f, f), self.cache.length, n - 1)
-        self.f, self.fed = f, n - keep
+            tokens, segments = self.forget()
+        # f of the dialogue as it now stands, followed by an answer as long as the context allows.
+        answer = segments[-1] + segments[-1] % 2
+        to_come = [answer] * (self.size - len(tokens))
+        f = self.mask(torch.tensor([segments + to_come]))  # (1, block_size)
+        # What still holds in the cache is not read again. The last token is, for its logits.
+        keep = min(reusable(self.f, f), self.cache.length, len(tokens) - 1)
+        self.cache.length = keep
+        self.f = f
+        self.fed = len(tokens) - keep
         return self.feed(*tokens[keep:])
 
+    def write(self, logits):
+        """Write the answer token by token until the model says <|end|>: yields its text."""
+        answer = self.turns[-1][1]  # the tokens of the answer, which grows here
+        while not self.stop and len(answer) < self.max_new_tokens:
+            logits[self.silent] = -torch.inf
+            token = sample(logits, self.temperature, self.top_k, self.top_p, self.generator)
+            if token == self.tokenizer.end:
+                return
+            answer.append(token)
+            yield self.say(self.tokenizer.token_bytes(token))
+            # There must be room for this token, for one at which the caller stops, for <|end|>.
+            if self.cache.length + 3 <= self.size:
+                logits = self.feed(token)
+            elif len(self.turns) > 1:
+                logits = self.read()  # forgets the oldest turns
+            else:
+                answer.pop()
+                self.notify(f"[the answer has filled the context of {self.size} tokens]")
+                return
+
+    def close(self):
+        """Close the turn: the answer ends with <|end|>, all is in the cache -> the last text."""
+        answer = self.turns[-1][1]
+        answer.append(self.tokenizer.end)
+        # <|end|> was sampled but not read yet. It is a token of the answer and sees its past and
+        # itself, so it is read alone. Read together with the next query, under no mask at all, it
+        # would see that query, and every logit after it would be a little wrong.
+        tokens, _ = self.layout()
+        for token in tokens[self.cache.length :]:
+            self.feed(token)
+        self.f = self.f[:, : self.cache.length]
+        self.busy.release()
+        return self.say(b"", final=True)
+
     def feed(self, *tokens):
-        """Tokens go behind the cache: the logits (V,) that follow them, float32."""
+        """Tokens go behind those in the cache -> the logits (V,) that follow them, in float32."""
         start = self.cache.length
-        if self.decoder and len(tokens) == 1 and self.f[0, start] > start:
-            return self.decoder(tokens[0]).float()
-        f = self.f[:, start : start + len(tokens)]
-        at = torch.tensor([len(tokens) - 1], device=self.device)
-        return self.model(torch.tensor([tokens], device=self.device), f, self.cache, at)[0].float()
+        end = start + len(tokens)
+        f = self.f[:, start:end]  # (1, n)
+        if self.replay is not None and len(tokens) == 1 and f >= end:
+            return self.replay(tokens[0]).float()
+        last = torch.tensor([len(tokens) - 1], device=self.device)
+        given = torch.tensor([tokens], device=self.device)  # (1, n)
+        return self.model(given, f, self.cache, last)[0].float()
+
+    def say(self, raw, final=False):
+        """Bytes of the answer join its message -> their text, as far as characters are whole."""
+        piece = self.decoder.decode(raw, final)
+        self.messages[-1]["content"] += piece
+        return piece
+
+    def encode_query(self, message):
+        """The tokens of a query. ValueError if it does not fit into the context."""
+        # Its bytes are counted first, so that the tokenizer need not read a book.
+        n_bytes = len(message["content"].encode("utf-8", "replace"))
+        if n_bytes > self.size * self.tokenizer.longest:
+            raise ValueError(f"the query is too long for the context of {self.size} tokens")
+        query = self.tokenizer.encode_given([message])
+        # An answer is one token at least, and <|end|>.
+        if len(self.system) + len(query) + 2 > self.size:
+            n, system = len(query), len(self.system)
+            raise ValueError(f"the query has {n} tokens and the system prompt {system}: too long "
+                             f"for the context of {self.size}")
+        return query
+
+    def forget(self):
+        """Drop the oldest turns until half of the context is free, empty the cache -> layout."""
+        tokens, segments = self.layout()
+        dropped = 0
+        while len(self.turns) > 1 and len(tokens) > self.size // 2:
+            self.turns.pop(0)
+            dropped += 1
+            tokens, segments = self.layout()
+        self.cache.length = 0
+        self.f = self.f[:, :0]
+        full = f"the context of {self.size} tokens is full"
+        self.notify(f"[{full}: the oldest {dropped} turns are forgotten]")
+        return tokens, segments
+
+
+# ==== below this line: the files of a model and of a conversation, and the terminal ====
+import json
+import pathlib
+import sys
+
+from data import hf, machine
+from data.checkpoint import load_checkpoint, write_json
+from data.loader import well_formed
+from data.machine import one_line, printable
+from data.tokenizer import Tokenizer
+from mask import MASKS, draw
+from model import GPT, GPTConfig, pack
 
 
 def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settings):
     """A Chat with the model of a checkpoint file, or of a Hugging Face folder; settings are Chat's.
 
-    mask: a name in MASKS; "" is the one that the file was trained with, for a folder ism. block_size: the context of a
-    folder in tokens; 0 is its own, but at most 4,096, since the cache is allocated at once. dtype: auto, float32, bfloat16, or on
-    the CPU int8, which has weights in 8 bits and all else in bfloat16. ValueError if it cannot be loaded.
+    mask: a name in MASKS; "" is the one that the file was trained with, for a folder ism.
+    block_size: the context of a folder in tokens; 0 is its own, but at most 4,096, since the cache
+    is allocated at once. dtype: auto, float32, bfloat16, or on the CPU int8, which has weights in 8
+    bits and all else in bfloat16. ValueError if it cannot be loaded.
     """
-    device, int8 = pick_device(device), dtype == "int8"
+    device = machine.pick_device(device)
+    int8 = dtype == "int8"
     if int8 and device.type != "cpu":
-        raise ValueError(f"--dtype int8 is for --device cpu; on {device.type} choose bfloat16 or float32")
-    dtype = torch.bfloat16 if int8 else pick_dtype(dtype, device)
+        raise ValueError(f"--dtype int8 is for the CPU; {device.type} has float32 and bfloat16")
+    dtype = torch.bfloat16 if int8 else machine.pick_dtype(dtype, device)
     if pathlib.Path(path).is_dir():
-        tokenizer, mask = load_tokenizer(path), mask or "ism"
-        model = from_pretrained(path, block_size or min(4096, read_config(path).block_size), dtype)
+        tokenizer = hf.load_tokenizer(path)
+        block_size = block_size or min(4096, hf.read_config(path).block_size)
+        model, trained_under = hf.from_pretrained(path, block_size, dtype), "ism"
     else:
-        state = load_checkpoint(path)
-        trained, mask = state["settings"], mask or state["settings"]["mask"]
-        tokenizer = load_tokenizer(pathlib.Path(path).parent) if trained["init_from"] else Tokenizer(trained["tokenizer"])
-        if tokenizer.identity != state["tokenizer"]:
-            raise ValueError(f"{path} was trained with another tokenizer ({state['tokenizer']}); here is {tokenizer.identity}")
-        if mask not in MASKS:
-            raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
-        model = GPT(GPTConfig(**state["config"]))
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError:
-            raise ValueError(f"{path} holds other weights than a GPT's, LoRA's maybe; those are merged when the run ends: --ckpt "
-                             f"{pathlib.Path(path).parent}") from None
+        model, tokenizer, trained_under = load_trained(pathlib.Path(path))
+    mask = mask or trained_under
+    if mask not in MASKS:
+        raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
     return Chat(pack(model.to(device, dtype), int8), tokenizer, MASKS[mask], **settings)
+
+
+def load_trained(path):
+    """(model, tokenizer, name of the mask) of a checkpoint of train.py. ValueError if damaged."""
+    state = load_checkpoint(path)
+    settings = state["settings"]
+    if settings["init_from"]:
+        tokenizer = hf.load_tokenizer(path.parent)
+    else:
+        tokenizer = Tokenizer(settings["tokenizer"])
+    if tokenizer.identity != state["tokenizer"]:
+        other = f"was trained with another tokenizer ({state['tokenizer']})"
+        raise ValueError(f"{path} {other}; here is {tokenizer.identity}")
+    model = GPT(GPTConfig(**state["config"]))
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        other = "holds other weights than a GPT's, LoRA's maybe"
+        merged = f"those are merged when the run ends: --ckpt {path.parent}"
+        raise ValueError(f"{path} {other}; {merged}") from None
+    return model, tokenizer, settings["mask"]
+
+
+def go_on(chat, messages):
+    """A chat goes on from a conversation: messages that end with an answer. ValueError if not."""
+    if not well_formed(messages) or messages[-1]["role"] != "assistant":
+        raise ValueError("a history is a list of system, user and assistant messages that ends "
+                         "with the assistant's")
+    if messages[0]["role"] == "system":  # in place of the one that the chat has
+        chat.messages, messages = messages[:1], messages[1:]
+    chat.reset()
+    given = []
+    for message in messages:
+        if message["role"] != "assistant":
+            given.append(message)
+            continue
+        query = chat.tokenizer.encode_given(given)
+        chat.turns.append((query, chat.tokenizer.encode_answer(message["content"])))
+        given = []
+    chat.messages += messages
 
 
 def read_history(path):
     """The messages in a file that /save wrote, not checked. ValueError if it is not JSON."""
     try:
-        saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not JSON; expected a file that /save wrote") from None
     return saved.get("messages") if isinstance(saved, dict) else saved
 
 
-MEMORY = "out of memory; --dtype bfloat16 needs half as much, a smaller --block_size less for the cache, --device cpu uses the computer's own"
+MEMORY = ("--dtype bfloat16 needs half as much, a smaller --block_size less for the cache, "
+          "--device cpu uses the computer's own")
 HELP = """/reset      forget the conversation
 /stats      tokens in the cache and the speed of the last turn
 /mask       draw what each token of the dialogue sees
@@ -233,8 +317,15 @@ def show_stats(chat):
     s = chat.stats
     print(f"{chat.cache.length} of {chat.size} tokens in the cache")
     if s:
-        print(f"last turn: {s['prefill tokens']} tokens read at {s['prefill tokens'] / s['prefill s']:,.0f} tokens/s, first token after "
-              f"{1000 * s['first token s']:.1f} ms, {s['decode tokens']} written at {s['decode tokens'] / s['decode s']:,.0f} tokens/s")
+        read = f"{s['prefill tokens']} tokens read in {1000 * s['prefill s']:.1f} ms"
+        print(f"last turn: {read}, {s['decode tokens']} written "
+              f"at {s['decode tokens'] / s['decode s']:,.0f} tokens/s")
+
+
+def show_mask(chat):
+    tokens, _ = chat.layout()
+    labels = [ascii(chat.tokenizer.decode([token]))[1:-1][:16] for token in tokens]
+    print("\n".join(draw(chat.f[0], labels)))
 
 
 def command(chat, line):
@@ -247,12 +338,10 @@ def command(chat, line):
     elif name == "/stats":
         show_stats(chat)
     elif name == "/mask":
-        tokens, _ = chat.layout()
-        print("\n".join(draw(chat.f[0], [ascii(chat.tokenizer.decode([t]))[1:-1][:16] for t in tokens])))
+        show_mask(chat)
     elif name == "/save" and argument:
         try:
-            with whole_file(pathlib.Path(argument)) as file:
-                file.write(json.dumps({"messages": chat.messages}, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+            write_json(pathlib.Path(argument).expanduser(), {"messages": chat.messages})
         except (OSError, ValueError) as error:
             print(f"[not saved: {one_line(error)}]")
     else:
@@ -262,58 +351,83 @@ def command(chat, line):
 
 def answer(chat, text):
     """Stream the answer to the terminal; Ctrl-C ends it, and the program goes on."""
-    before = signal.signal(signal.SIGINT, lambda *_: setattr(chat, "stop", True))
+    def stop():
+        chat.stop = True
+
     try:
-        for piece in chat.stream(text):
-            print(piece, end="", flush=True)
+        with machine.on_interrupt(stop):
+            for piece in chat.stream(text):
+                print(printable(piece), end="", flush=True)
         print()
     except ValueError as error:
         print(f"[{one_line(error)}]")
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not machine.out_of_memory(error):
             raise
-        print(f"[{MEMORY}]")
-    finally:
-        signal.signal(signal.SIGINT, before)
+        print(f"[out of memory; {MEMORY}]")
+
+
+def flags():
+    """The command line."""
+    parser = machine.Parser("Chat with a trained model.")
+    flag = parser.add_argument
+    flag("--ckpt", default="out/ckpt.pt",
+         help="a checkpoint of train.py or a Hugging Face folder (default: out/ckpt.pt)")
+    flag("--mask", default="", choices=tuple(MASKS),
+         help="the attention mask (default: the checkpoint's; for a folder ism)")
+    flag("--block_size", type=int, default=0,
+         help="context of a folder in tokens (default: its own, at most 4096)")
+    flag("--prompt", action="append", default=[],
+         help="a query instead of the terminal; repeat it for more turns")
+    flag("--system", default="", help="a system prompt")
+    flag("--history", default="",
+         help="go on from a file that /save wrote, or any JSON list of messages")
+    flag("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    flag("--top_k", type=int, default=0, help="draw from the k likeliest tokens (default: 0, all)")
+    flag("--top_p", type=float, default=1.0,
+         help="draw from the fewest tokens of this probability (default: 1)")
+    flag("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    flag("--max_new_tokens", type=int, default=200, help="longest answer (default: 200)")
+    flag("--device", default="auto", help="cpu, cuda, mps (default: auto)")
+    flag("--dtype", default="auto", choices=(*machine.DTYPES, "int8"),
+         help="of weights and cache; int8, on the CPU: weights in 8 bits, faster and a little less "
+              "exact (default: auto)")
+    a = parser.parse_args()
+    accepted = {
+        "--temperature": ("from 0 on", 0 <= a.temperature < float("inf")),
+        "--top_k": ("from 0 on", a.top_k >= 0),
+        "--top_p": ("above 0 and at most 1", 0 < a.top_p <= 1),
+        "--max_new_tokens": ("at least 1", a.max_new_tokens >= 1),
+        "--block_size": ("from 0 on", a.block_size >= 0),
+    }
+    for name, (what, holds) in accepted.items():
+        if not holds:
+            parser.error(f"{name} must be {what}")
+    return a
 
 
 def main():
-    parser = Parser(description="Chat with a trained model.", allow_abbrev=False)
-    parser.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint of train.py or a Hugging Face folder (out/ckpt.pt)")
-    parser.add_argument("--mask", default="", choices=tuple(MASKS), help="the attention mask (the checkpoint's; for a folder ism)")
-    parser.add_argument("--block_size", type=int, default=0, help="context of a folder in tokens (its own, at most 4096)")
-    parser.add_argument("--prompt", action="append", default=[], help="a query instead of the terminal; repeat it for more turns")
-    parser.add_argument("--system", default="", help="a system prompt")
-    parser.add_argument("--history", default="", help="go on from a file that /save wrote, or any JSON list of messages")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest answer (200)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "int8"),
-                        help="of weights and cache; int8, on the CPU: weights in 8 bits, faster and a little less exact (auto)")
-    a = parser.parse_args()
-    if a.temperature < 0 or a.top_k < 0 or not 0 < a.top_p <= 1 or a.max_new_tokens < 1 or a.block_size < 0:
-        parser.error("expected --temperature >= 0, --top_k >= 0, 0 < --top_p <= 1, --max_new_tokens >= 1, --block_size >= 0")
-    try:
-        chat = load_chat(a.ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system, temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
-                         seed=a.seed, max_new_tokens=a.max_new_tokens, notify=print)
+    a = flags()
+    with machine.errors_in_one_line(MEMORY):
+        chat = load_chat(
+            a.ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system,
+            temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
+            max_new_tokens=a.max_new_tokens, notify=print,
+        )
         if a.history:
-            chat.load(read_history(a.history))
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {one_line(error)}")
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"sample.py: {MEMORY}")
+            go_on(chat, read_history(a.history))
+        talk(chat, a.prompt)
+
+
+def talk(chat, prompts):
+    """Answer the prompts, or what is typed until the end of the input."""
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
-    for prompt in a.prompt:
+    for prompt in prompts:
         print(f"> {prompt}")
         answer(chat, prompt)
-    terminal = sys.stdin.isatty()
-    if a.prompt:
+    if prompts:
         return
+    terminal = sys.stdin.isatty()
     if terminal:
         print("Ask something; /help lists the commands.")
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")

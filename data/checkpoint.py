@@ -1,21 +1,28 @@
 """
-Files that are written whole or not at all, and checkpoints: plain tensors and settings, checked when they are read.
+Files that are written whole or not at all, and checkpoints: plain tensors and settings, which are
+checked when they are read, since a file may be damaged or hostile.
 """
+import json
 import os
 import pathlib
+import tempfile
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
 from model import GPT, GPTConfig
 
+# --- files --------------------------------------------------------------------------------------
+
 
 @contextmanager
 def whole_file(path):
-    """A file to write bytes to that takes its name only when all is on the disk; until then what was there stays."""
-    partial = path.with_name(path.name + ".partial")
+    """A file to write bytes to. It takes its name when all is on the disk: whole or not at all."""
+    path = pathlib.Path(path)
+    # The name is this process's own: two runs in one folder do not write into one file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -27,11 +34,34 @@ def whole_file(path):
         raise
 
 
+def write_json(path, content):
+    """Write a dict or a list as JSON, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def make_folder(path):
+    """The folder at a path, made if need be. ValueError, at the start, if it cannot be written."""
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = f"is no folder that can be written ({error.strerror}); name another"
+        raise ValueError(f"--out_dir {folder} {why}") from None
+    return folder
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
 VERSION = 1  # of what a checkpoint holds
 
 
 def save_checkpoint(path, **state):
-    """Write a checkpoint whole or not at all. ValueError, and the last good one stays, if a number in it is not finite."""
+    """Write a checkpoint whole or not at all.
+
+    ValueError, and the last good one stays, if a number in it is not finite or the disk is full.
+    """
     for slots in (state["model"], *state["optimizer"].get("state", {}).values()):
         for name, x in slots.items():
             check_finite(x, state["step"], name)
@@ -39,79 +69,146 @@ def save_checkpoint(path, **state):
         with whole_file(path) as file:
             torch.save({"version": VERSION, "torch": str(torch.__version__), **state}, file)
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch's own error may hide the system's
+        # torch's own error may hide the system's.
+        reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise ValueError(f"{path} cannot be written ({reason.strerror}); the checkpoint before it, if any, is whole") from None
+        stays = "the checkpoint before it, if any, is whole"
+        raise ValueError(f"{path} cannot be written ({reason.strerror}); {stays}") from None
 
 
 def check_finite(x, step, what="the loss"):
     """ValueError if a number in x, a tensor or a float, is NaN or infinite."""
     if not torch.as_tensor(x).isfinite().all():
-        raise ValueError(f"{what} is NaN or infinite at step {step}; the last checkpoint, if any, is from before: go on with --resume "
-                         "and a lower --learning_rate, a longer --warmup_iters, a smaller --grad_clip or --dtype float32")
+        raise ValueError(
+            f"{what} is NaN or infinite at step {step}; the last checkpoint, if any, is from "
+            "before: go on with --resume and a lower --learning_rate, a longer --warmup_iters, a "
+            "smaller --grad_clip or --dtype float32"
+        )
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing, of another version or not one of ours.
+    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing or not ours.
 
-    The file is not trusted: nothing in it is run, and what is taken of memory is bounded by its size.
+    The file is not trusted: nothing in it is run, and it takes no more memory than its own size.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("compressed entries, or entries that claim more bytes than there are")
-            if archive.testzip():
-                raise ValueError("bytes that are not those that were written")
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state.get("version")
         if version == VERSION:
-            config, tensors = GPTConfig(**state["config"]), state["model"]
-            if config.n_layer >= len(tensors):
-                raise ValueError("fewer tensors than layers")
-            with torch.device("meta"):  # shapes without memory
-                shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}
-            plain = {name.replace(".linear.", "."): x.shape for name, x in tensors.items() if not name.endswith((".A", ".B"))}  # but for LoRA's
-            if plain != shapes or not all(x.is_contiguous() for x in tensors.values()):
-                raise ValueError("tensors that are not those of its config")
-            if not all(isinstance(x, str) for x in (state["tokenizer"], *(state["settings"][name] for name in ("tokenizer", "mask", "init_from")))):
-                raise ValueError("settings of a wrong type")
-            return {key: state[key] for key in ("config", "settings", "tokenizer", "model", "optimizer", "step")}
+            return checked(state)
     except Exception as error:  # a damaged file raises many types
-        raise ValueError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); train one with: python train.py") from None
-    raise ValueError(f"{path} is a checkpoint of version {version}; this code reads version {VERSION}. Use the code that wrote it, or train again")
+        what = f"is not a checkpoint of train.py ({type(error).__name__})"
+        raise ValueError(f"{path} {what}; train one with: python train.py") from None
+    what = f"is a checkpoint of version {version}; this code reads version {VERSION}"
+    raise ValueError(f"{path} {what}. Use the code that wrote it, or train again")
+
+
+def check_archive(path):
+    """ValueError for a file that claims more than it holds, or whose checksums do not agree."""
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(entry.file_size for entry in archive.infolist())
+        if claimed > path.stat().st_size:
+            raise ValueError("compressed entries, or entries that claim more bytes than there are")
+        if archive.testzip():
+            raise ValueError("bytes that are not those that were written")
+
+
+def checked(state):
+    """What a checkpoint of this version has to hold. ValueError, KeyError, ... if it does not."""
+    # Until token shift was a module, its weights stood in the attention.
+    old, new = ".attention.shares", ".attention.shift.shares"
+    tensors = {name.replace(old, new): x for name, x in state["model"].items()}
+    config = untrusted_config(state["config"], len(tensors))
+    with torch.device("meta"):  # shapes without memory
+        shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}
+    # While LoRA trains, a layer's own weights are one name deeper, beside LoRA's A and B.
+    plain = {
+        name.replace(".linear.", "."): x.shape
+        for name, x in tensors.items() if not name.endswith((".A", ".B"))
+    }
+    if plain != shapes or not all(x.is_contiguous() for x in tensors.values()):
+        raise ValueError("tensors that are not those of its config")
+    texts = [state["settings"][name] for name in ("tokenizer", "mask", "init_from")]
+    if not all(isinstance(x, str) for x in (state["tokenizer"], *texts)):
+        raise ValueError("settings of a wrong type")
+    kept = "config", "settings", "tokenizer", "optimizer", "step"
+    return {"model": tensors, **{key: state[key] for key in kept}}
+
+
+def untrusted_config(options, n_tensors):
+    """A GPTConfig from a file. ValueError for types and sizes that would cost memory or time."""
+    for f in fields(GPTConfig):
+        value = options.get(f.name, f.default)
+        kinds = (int, float) if f.type is float else f.type
+        if not isinstance(value, kinds):
+            raise ValueError(f"{f.name} must be {f.type.__name__}, not {value!r}")
+    config = GPTConfig(**options)
+    check_sizes(config)
+    if config.n_layer >= n_tensors:
+        raise ValueError("fewer tensors than layers")
+    return config
+
+
+def check_sizes(config):
+    """ValueError if a config, as a file claims it, has a context or a vocabulary beyond measure."""
+    most = 1 << 20
+    for name in ("block_size", "vocab_size"):
+        value = getattr(config, name)
+        if not 0 < value <= most:
+            raise ValueError(f"{name} ({value}) must be from 1 to {most:,}")
 
 
 def load_state(path, config, identity, mask):
-    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is not the one that is asked for."""
+    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is another one."""
     state = load_checkpoint(path)
-    had = {**asdict(GPTConfig(**state["config"])), "tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
+    had = asdict(GPTConfig(**state["config"]))
+    had |= {"tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
     asked = {**asdict(config), "tokenizer": identity, "mask": mask}
-    if differ := [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]:
-        raise ValueError(f"{path} has another model config: {'; '.join(differ)}. --resume needs the same settings")
+    differ = [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]
+    if differ:
+        what = f"has another model config: {'; '.join(differ)}"
+        raise ValueError(f"{path} {what}. --resume needs the same settings")
     return state
 
 
 def restore(state, model, optimizer, max_iters, path):
-    """Give a checkpoint's numbers to the model and the optimizer; the step to go on from. ValueError if they do not fit."""
-    model.load_state_dict(state["model"])
+    """Give a checkpoint's numbers to the model and the optimizer: the step to go on from.
+
+    ValueError if they do not fit.
+    """
     try:
-        if (step := int(state["step"])) < 0:
-            raise ValueError("a negative step")
-        # The groups' settings come from the flags, so that of the file only numbers are left to be checked.
-        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-        for group in optimizer.param_groups if state["step"] > 0 else []:
-            names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
-            for p in group["params"]:
-                slots = optimizer.state[p]
-                if set(slots) != names or any(x.shape != (() if name == "step" else p.shape) for name, x in slots.items()):
-                    raise ValueError("slots of another optimizer")
+        model.load_state_dict(state["model"])
+        step = int(state["step"])
+        restore_optimizer(state["optimizer"]["state"], optimizer, step)
     except Exception as error:  # a damaged file raises many types
-        raise ValueError(f"{path} has no optimizer state for these settings ({type(error).__name__}); --resume needs the flags of the run "
-                         "that wrote it") from None
+        what = f"has no weights or optimizer state for these settings ({type(error).__name__})"
+        raise ValueError(f"{path} {what}; --resume needs the flags of its run") from None
     if step > max_iters:
-        raise ValueError(f"{path} is from step {step}; --max_iters must be at least that, not {max_iters}")
+        what = f"is from step {step}; --max_iters must be at least that, not {max_iters}"
+        raise ValueError(f"{path} {what}")
     return step
+
+
+def restore_optimizer(slots, optimizer, step):
+    """Give the slots of a file to the optimizer. ValueError, KeyError, ... if they do not fit."""
+    if step < 0:
+        raise ValueError("a negative step")
+    # The groups' settings come from the flags: of the file only numbers are left to be checked.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    if step == 0:
+        return
+    for group in optimizer.param_groups:
+        names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
+        for p in group["params"]:
+            found = optimizer.state[p]
+            if set(found) != names:
+                raise ValueError("slots of another optimizer")
+            for name, x in found.items():
+                if x.shape != (() if name == "step" else p.shape):
+                    raise ValueError("slots of another size")

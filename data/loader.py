@@ -1,8 +1,8 @@
 """
 Dialogues on disk and in batches.
 
-`prepare` writes each split once as flat integer arrays, `Split` maps them into memory, `Split.batches`
-sorts by length so that little is padded, and never packs two dialogues into one row.
+`prepare` writes each split once as flat integer arrays, `Split` maps them into memory, and
+`Split.batches` sorts by length so that little is padded. Two dialogues never share a row.
 """
 import hashlib
 import json
@@ -19,55 +19,77 @@ from data import dialogues
 from data.tokenizer import ROLES
 from mask import one_pass
 
-LONGEST_LINE = 1 << 24  # bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory
+SPLITS = "train", "val", "test", "new_words"
+# Bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory.
+LONGEST_LINE = 1 << 24
 # ShareGPT's names of the roles; what a tool returns is given to the model, as what a user says is.
-ALIASES = {"human": "user", "gpt": "assistant", "tool": "user", "function": "user", "observation": "user", "function_call": "assistant"}
+ALIASES = {
+    "human": "user", "gpt": "assistant", "tool": "user", "function": "user", "observation": "user",
+    "function_call": "assistant",
+}
 CACHE = pathlib.Path(__file__).parent / "cache"
 
 
 def well_formed(messages):
-    """True for a list of one message or more, each {"role": system, user or assistant, "content": str}."""
-    return isinstance(messages, list) and len(messages) > 0 and all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages)
+    """True for a list of messages, each {"role": system, user or assistant, "content": str}."""
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
+        for m in messages
+    )
 
 
 def read_chats(path):
-    """Yield the messages of each line of a JSONL file, {"messages": [{"role", "content"}, ...]} or ShareGPT's {"conversations": [{"from", "value"}, ...]}.
+    """Yield the messages of each line of a JSONL file.
 
-    ValueError names the file and the line that is not of this form.
+    {"messages": [{"role", "content"}, ...]}, or ShareGPT's {"conversations": [{"from", "value"},
+    ...]}. ValueError names the file and the line that is not of this form.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             if len(line) > LONGEST_LINE:
-                raise ValueError(f"{path}, line {number} is longer than {LONGEST_LINE:,} bytes; put each dialogue on a line of its own")
+                long = f"line {number} is longer than {LONGEST_LINE:,} bytes"
+                raise ValueError(f"{path}, {long}; put each dialogue on a line of its own")
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-                if "messages" in record:
-                    said = [(m["role"], m["content"]) for m in record["messages"]]
-                else:
-                    said = [(m["from"], m["value"]) for m in record["conversations"]]
-                messages = [{"role": ALIASES.get(role, role), "content": text} for role, text in said]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                messages = None
+            messages = read_line(line)
             if not well_formed(messages):
                 start = line.strip()[:80].decode("utf-8", "replace")
-                raise ValueError(f'{path}, line {number}: expected {{"messages": [{{"role": "system", "user" or "assistant", '
-                                 f'"content": "text"}}, ...]}}, got {start}')
+                message = '{"role": "system", "user" or "assistant", "content": "text"}'
+                form = f'{{"messages": [{message}, ...]}}'
+                raise ValueError(f"{path}, line {number}: expected {form}, got {start}")
             yield messages
+
+
+def read_line(line):
+    """The messages of one line of bytes, not checked; None if it is no dialogue at all."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+        if "messages" in record:
+            said = [(m["role"], m["content"]) for m in record["messages"]]
+        else:
+            said = [(m["from"], m["value"]) for m in record["conversations"]]
+        return [{"role": ALIASES.get(role, role), "content": text} for role, text in said]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def sources(data, n_dialogues, seed, mixed):
     """Split name -> (how many dialogues, an iterator over them)."""
     if not data:
-        sizes = {"train": n_dialogues, "val": 1000, "test": 2000, "new_words": 1000}
-        sizes = {split: min(n, n_dialogues) for split, n in sizes.items()}
-        return {split: (n, dialogues.generate(split, n, seed, mixed=mixed)) for split, n in sizes.items()}
-    chats = list({json.dumps(messages): {"messages": messages, "family": "chats"} for messages in read_chats(data)}.values())
+        found = {}
+        for split, most in zip(SPLITS, (n_dialogues, 1000, 2000, 1000)):
+            n = min(most, n_dialogues)
+            found[split] = n, dialogues.generate(split, n, seed, mixed=mixed)
+        return found
+    # Each dialogue once, in an order that is not the file's.
+    different = {json.dumps(messages): messages for messages in read_chats(data)}
+    chats = [{"messages": messages, "family": "chats"} for messages in different.values()]
     if len(chats) < 3:
-        raise ValueError(f"{data} has {len(chats)} different dialogues; at least 3 are needed, to train, tune and test on")
-    chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())  # an order that is not the file's
+        few = f"has {len(chats)} different dialogues"
+        raise ValueError(f"{data} {few}; at least 3 are needed, to train, tune and test on")
+    chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())
     n = max(1, min(1000, len(chats) // 20))
     parts = {"val": chats[:n], "test": chats[n : 2 * n], "train": chats[2 * n :]}
     return {split: (len(part), iter(part)) for split, part in parts.items()}
@@ -76,10 +98,12 @@ def sources(data, n_dialogues, seed, mixed):
 def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
     """Write the splits to data/cache, unless they are there already, and return their folder.
 
-    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues, mixed as data/dialogues.py says. Dialogues longer than block_size
-    are cut after the last answer that fits; those without one are dropped. ValueError for a bad file.
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues, mixed as
+    data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
+    fits; those without one are left out. ValueError for a bad file.
     """
-    key = hashlib.sha256(repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed)).encode())
+    made_from = tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed
+    key = hashlib.sha256(repr(made_from).encode())
     with open(data or dialogues.__file__, "rb") as origin:
         for part in iter(lambda: origin.read(1 << 20), b""):
             key.update(part)
@@ -87,7 +111,8 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
     if folder.exists():
         return folder
     CACHE.mkdir(exist_ok=True)
-    partial = CACHE / f"{folder.name}.{os.getpid()}"  # renamed when whole, so that a broken run leaves no cache
+    # Renamed when whole, so that a broken run leaves no cache.
+    partial = CACHE / f"{folder.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_splits(partial, tokenizer, block_size, sources(data, n_dialogues, seed, mixed))
@@ -107,29 +132,47 @@ def write_splits(folder, tokenizer, block_size, parts):
         tokens, segments, offsets, families = array("I"), array("H"), [0], []
         for item in tqdm(items, total=n, desc=f"prepare {split}", unit=" dialogues", leave=False):
             t, s = tokenizer.encode_dialogue(item["messages"])
-            if len(t) > block_size or max(s, default=0) < 2:
-                ends = [i for i in range(1, min(len(t), block_size + 1)) if s[i - 1] % 2 == 0 and s[i] != s[i - 1]]
-                cut, dropped = cut + bool(ends), dropped + (not ends)
-                t, s = t[: max(ends, default=0)], s[: max(ends, default=0)]
-            if t:
-                tokens.extend(t)
-                segments.extend(s)
-                offsets.append(len(tokens))
-                families.append(item["family"])
+            end = last_answer(s, block_size)
+            if end == 0:
+                dropped += 1
+                continue
+            if len(t) > block_size:
+                cut += 1
+                t, s = t[:end], s[:end]
+            tokens.extend(t)
+            segments.extend(s)
+            offsets.append(len(tokens))
+            families.append(item["family"])
         if split == "train" and not families:
-            raise ValueError(f"none of the dialogues to train on has an answer that fits into {block_size} tokens; raise --block_size")
+            raise ValueError("none of the dialogues to train on has an answer that fits into "
+                             f"{block_size} tokens; raise --block_size")
         names = sorted(set(families))
-        np.save(folder / f"{split}.tokens.npy", np.array(tokens, dtype=np.uint32))
-        np.save(folder / f"{split}.segments.npy", np.array(segments, dtype=np.uint16))
-        np.save(folder / f"{split}.offsets.npy", np.array(offsets, dtype=np.int64))
-        np.save(folder / f"{split}.families.npy", np.array([names.index(f) for f in families], dtype=np.uint8))
+        arrays = {
+            "tokens": np.array(tokens, dtype=np.uint32),
+            "segments": np.array(segments, dtype=np.uint16),
+            "offsets": np.array(offsets, dtype=np.int64),
+            "families": np.array([names.index(f) for f in families], dtype=np.uint8),
+        }
+        for part, x in arrays.items():
+            np.save(folder / f"{split}.{part}.npy", x)
         (folder / f"{split}.json").write_text(json.dumps(names), encoding="utf-8")
     if cut or dropped:
-        print(f"{cut} dialogues were cut to {block_size} tokens at the end of an answer, {dropped} had no answer that fits and were left out")
+        print(f"{cut} dialogues were cut to {block_size} tokens at the end of an answer, "
+              f"{dropped} had no answer that fits and were left out")
+
+
+def last_answer(segments, block_size):
+    """Where the last whole answer within block_size tokens ends; 0 if there is none."""
+    for end in range(min(len(segments), block_size), 0, -1):
+        number = segments[end - 1]
+        following = segments[end] if end < len(segments) else None
+        if number % 2 == 0 and following != number:
+            return end
+    return 0
 
 
 def padded_length(length):
-    """Rows of 80 tokens and more are padded to a multiple of 8: kernels are prepared once for each shape."""
+    """Rows of 80 tokens and more become a multiple of 8: kernels are prepared once for a shape."""
     return length if length < 80 else -(-length // 8) * 8
 
 
@@ -137,12 +180,15 @@ class Split:
     """One split in memory-mapped arrays: tokens and segments (N,), offsets (dialogues + 1,)."""
 
     def __init__(self, folder, name):
-        self.tokens, self.segments, self.offsets, self.families = (
-            np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("tokens", "segments", "offsets", "families"))
+        def read(part):
+            return np.load(folder / f"{name}.{part}.npy", mmap_mode="r")
+
+        self.tokens, self.segments, self.offsets = read("tokens"), read("segments"), read("offsets")
+        self.families = read("families")  # (dialogues,) of each its family's place in family_names
         self.family_names = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
     def rows(self, mask):
-        """(rows, 3) dialogue, start, end: one row a dialogue, or one a turn if the mask needs the triplets."""
+        """(rows, 3) dialogue, start, end: a row a dialogue, or a turn if the mask needs triplets."""
         first, last = self.offsets[:-1], self.offsets[1:]
         if one_pass(mask):
             return np.stack([np.arange(len(first)), first, last], 1)
@@ -154,7 +200,10 @@ class Split:
         return np.stack([dialogue, first[dialogue], ends], 1)
 
     def batches(self, rows, n_tokens, seed):
-        """Cut the rows into batches of at most n_tokens (one row at least) and 10 % padding, in random order."""
+        """Cut the rows into batches of at most n_tokens and 10 % padding, in random order.
+
+        A row that is longer than n_tokens is a batch of its own.
+        """
         rng = np.random.default_rng(seed)
         lengths = rows[:, 2] - rows[:, 1]
         order = np.argsort(lengths + rng.random(len(lengths)))  # by length, ties at random

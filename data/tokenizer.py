@@ -112,16 +112,6 @@ class Tokenizer:
         return self.encoding.decode(tokens, errors="replace")
 
 
-def printable(text):
-    """Text without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def one_line(error):
-    """An error's text in one line for the terminal. It may quote a file."""
-    return printable(" ".join(str(error)[:1000].split()))
-
-
 @functools.cache
 def load_named(name):
     """(ranks, pattern, special tokens) of "nanoism" or of a tiktoken encoding. ValueError if it cannot be had."""

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from data.tokenizer import Tokenizer
 from mask import MASKS, causal, draw, ism, one_pass, prefix, reusable
 from model import GPT, Cache, GPTConfig
-from train import Parser
+from data.machine import Parser
 
 STUB = '''"""
 My answers. `python demos/exercises.py 1` prints the first task and judges what stands here.

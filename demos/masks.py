@@ -27,7 +27,7 @@ from data.tokenizer import Tokenizer
 from demos.output import check_writable, plt
 from mask import MASKS, loss_positions, one_pass, reusable
 from model import GPT, Cache, GPTConfig
-from train import Parser
+from data.machine import Parser
 
 DIALOGUE = [{"role": "user", "content": "I am Anna."}, {"role": "assistant", "content": "Hi Anna."},
             {"role": "user", "content": "Who am I?"}, {"role": "assistant", "content": "You are Anna."}]

@@ -21,7 +21,7 @@ from data.dialogues import generate
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
 from sample import load_chat
-from train import Parser
+from data.machine import Parser
 
 ANNA = [{"role": "user", "content": "My name is Anna."}, {"role": "assistant", "content": "Noted. Your name is Anna."},
         {"role": "user", "content": "What is my name?"}, {"role": "assistant", "content": "Your name is Anna."}]

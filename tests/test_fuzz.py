@@ -26,7 +26,8 @@ import data.tokenizer
 from data.checkpoint import load_checkpoint, load_state, restore, save_checkpoint
 from data.hf import SYMBOLS, from_pretrained, load_tokenizer
 from data.loader import read_chats
-from data.tokenizer import RANKS, Tokenizer, load_named, one_line
+from data.machine import one_line
+from data.tokenizer import RANKS, Tokenizer, load_named
 from model import GPT, GPTConfig
 from sample import load_chat, read_history
 from train import Settings, make_optimizer

@@ -23,7 +23,7 @@ import sample
 import train as module
 from data.checkpoint import load_checkpoint, save_checkpoint, whole_file
 from data.loader import Split, prepare
-from data.tokenizer import one_line, printable
+from data.machine import one_line, printable
 from sample import command, load_chat, read_history
 from train import Settings, train, until_stopped
 

@@ -1,0 +1,221 @@
+"""
+The machine and the command line, for all programs here: flags, errors, signals, what may be
+printed, devices and dtypes, processes. No lesson stands in it.
+"""
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import MISSING, field, fields
+
+import torch
+import torch.distributed as dist
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags, whose errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message} (--help lists the flags)")
+
+
+def setting(default, help, choices=None):
+    """A field of a dataclass of settings. A default of None is told by the help itself."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse(settings_class, description, argv=None):
+    """A dataclass of settings from the command line: each field is a flag."""
+    parser = Parser(description)
+    for f in fields(settings_class):
+        options = {"help": f.metadata["help"], "default": f.default}
+        if f.default not in (None, "", MISSING):
+            options["help"] += f" (default: {f.default})".replace("%", "%%")
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = f.type
+            options["choices"] = f.metadata["choices"]
+        parser.add_argument(f"--{f.name}", **options)
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+def printable(text):
+    """Text without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def one_line(error):
+    """An error's text in one line for the terminal. It may quote a file."""
+    return printable(" ".join(str(error)[:1000].split()))
+
+
+def out_of_memory(error):
+    """Whether a RuntimeError of torch says so, of a GPU's memory or of the computer's."""
+    words = "out of memory", "can't allocate memory"
+    return any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(memory, stopped="stopped"):
+    """End the program with one line for what a user can mend; our own faults stay tracebacks.
+
+    memory: what to do if there is too little of it; stopped: what to say of Ctrl-C.
+    """
+    name = os.path.basename(sys.argv[0])
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {one_line(error)}")
+    except KeyboardInterrupt as error:
+        sys.exit(f"\n{name}: {str(error) or stopped}")
+    except RuntimeError as error:
+        if out_of_memory(error):
+            sys.exit(f"{name}: out of memory; {memory}")
+        # This is what is left of a connection when its other end has died.
+        if WORLD > 1 and "peer" in str(error):
+            why = "stops, because another one has stopped"
+            sys.exit(f"{name}: process {RANK} {why}; --resume goes on from the last checkpoint")
+        raise
+
+
+def until_stopped(items):
+    """The items up to Ctrl-C or SIGTERM, so that no step is cut in two; a second acts as ever."""
+    asked, before = [], {}
+
+    def ask(number, _):
+        asked.append(number)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        # Elsewhere, as in a thread of a notebook, Python allows no handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, ask)
+        for item in items:
+            if asked:
+                return
+            yield item
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def on_interrupt(action):
+    """Ctrl-C calls the action; in a thread, where Python allows no handlers, it acts as ever."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: action()) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+# Set by torchrun: the number of this process, the same on its machine, and how many there are.
+RANK = int(os.environ.get("RANK") or 0)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def pick_device(name):
+    """A torch device from its name; auto takes the fastest. ValueError if it is not there."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if WORLD > 1 and name in ("auto", "cuda") and there[0] == "cuda":  # a GPU for each process
+        if LOCAL_RANK >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(f"--nproc_per_node asks for more processes than the {count} GPUs here")
+        return torch.device("cuda", LOCAL_RANK)
+    if name == "auto":
+        return torch.device(there[0])
+    if name.split(":")[0] not in there:
+        raise ValueError(f"--device {name} is not on this machine; there is {', '.join(there)}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """The dtype to compute in; auto times a product, since not every CPU is fast in bfloat16."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    if device.type != "cpu":
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ w
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    fast = seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device, dtype):
+    """Where products of matrices are computed in dtype."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def tune_cpu():
+    """What makes many small steps of ever other shapes cheap on a CPU: 1.3 times the speed."""
+    # oneDNN prepares a kernel once for each shape, and keeps so many.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc, which then keeps freed blocks
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def connect(device, dtype):
+    """Join the processes that torchrun started: the dtype of the first, since CPUs may differ."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    chosen = [dtype]
+    dist.broadcast_object_list(chosen, device=device)
+    return chosen[0]
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over all processes."""
+    for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
+        work.wait()
+
+
+def from_all(value):
+    """The values of all processes, a list; with one process that of it alone."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,61 @@
+"""
+How many whole answers are exactly right: by family of dialogues, by turn, and the table of a run.
+"""
+import numpy as np
+
+from data.dialogues import NEW_CITIES, NEW_NAMES, PATTERNS
+
+
+def summary(split, answers):
+    """Answers (N, 3) as `evaluate` gives them -> ({family: ...}, {turn: ...}), fractions right."""
+    dialogue, segment, right = answers.T
+    family = np.asarray(split.families)[dialogue]
+    groups = {name: family == i for i, name in enumerate(split.family_names)}
+    patterns = [groups[name] for name in PATTERNS if name in groups]
+    if patterns:
+        groups["the four patterns"] = np.any(patterns, 0)
+    last = np.asarray(split.segments)[split.offsets[1:] - 1][dialogue]
+    turns = {
+        "first": segment == 2,
+        "middle": (segment > 2) & (segment < last),
+        "last": (segment > 2) & (segment >= last),
+    }
+    return fractions(right, groups), fractions(right, turns)
+
+
+def fractions(right, groups):
+    return {name: float(right[at].mean()) for name, at in groups.items() if at.any()}
+
+
+def segment_text(split, tokenizer, dialogue, segment):
+    """The text of one segment of a dialogue."""
+    start, end = split.offsets[dialogue : dialogue + 2]
+    tokens = split.tokens[start:end][split.segments[start:end] == segment]
+    return tokenizer.decode(tokens.tolist())
+
+
+def needs_new_word(split, answers, tokenizer):
+    """Which answers (N, 3) contain a word that is in no training dialogue: booleans (N,)."""
+    found = []
+    for dialogue, segment, _ in answers:
+        text = segment_text(split, tokenizer, dialogue, segment)
+        found.append(any(word in text for word in NEW_NAMES + NEW_CITIES))
+    return np.array(found, dtype=bool)
+
+
+TABLES = {  # titles of the tables of a run, and where its metrics have them
+    "by family": "accuracy",
+    "by turn": "accuracy_by_turn",
+    "that need a word never trained on": "accuracy_new_words",
+}
+
+
+def report(metrics):
+    """Print the tables of a run's metrics."""
+    how = f"loss {metrics['loss']:.4f}, {metrics['seconds']:.0f} s"
+    print(f"\nHeld-out answers that are exactly right, whole      {how}")
+    for title, key in TABLES.items():
+        if key in metrics:
+            print(f"  {title}")
+            for name, value in metrics[key].items():
+                print(f"    {name:18} {value:6.1%}")
