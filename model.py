@@ -150,6 +150,20 @@ class LayerCache:
         return self.x.index_select(1, known)
 
 
+def rms_norm(x, weight, eps):
+    """x (..., C) over the root of its mean square, times a weight (Zhang and Sennrich, 2019)."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
 class TokenShift(nn.Module):
     """Before attention, adds to each position a learned share of each of the three before it.
 
@@ -184,10 +198,10 @@ class Attention(nn.Module):
         self.shift = TokenShift(config) if config.token_shift else None
         self.qkv = nn.Linear(config.n_embd, (H + 2 * Hkv) * D, bias=config.qkv_bias)
         self.out = nn.Linear(H * D, config.n_embd, bias=False)
-        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, attend, rotation, cache=None):
+    def forward(self, x, attend, rotation, cache=None, at=None):
         B, n = x.shape[:2]
         H, Hkv, D = self.sizes
         if self.shift is not None:
@@ -196,15 +210,16 @@ class Attention(nn.Module):
         # Queries and keys are treated alike, so they stay in one tensor until they are turned.
         qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
         if self.q_norm is not None:
-            scale = self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(Hkv, D)
-            qk = F.rms_norm(qk, (D,), eps=self.q_norm.eps) * torch.cat(scale).to(qk.dtype)
+            weights = self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(Hkv, D)
+            qk = rms_norm(qk, torch.cat(weights), self.q_norm.eps)
         qk = rotate(qk, rotation).transpose(1, 2)  # (B, H + Hkv, n, D)
         q, k = qk.split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)
         v = v.transpose(1, 2)  # (B, Hkv, n, D)
         if cache is not None:
             k, v = cache.add(k, v)  # (B, Hkv, S, D)
         y = attend(q, k, v)  # (B, H, n, D)
-        return self.out(y.transpose(1, 2).reshape(B, n, H * D))  # (B, n, C)
+        y = y.transpose(1, 2).reshape(B, n, H * D)
+        return self.out(take(y, at))  # (B, n, C) or (N, C)
 
 
 class MLP(nn.Module):
@@ -223,14 +238,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm1 = RMSNorm(config.n_embd, config.norm_eps)
         self.attention = Attention(config)
-        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, attend, rotation, cache=None):
-        x = x + self.attention(self.norm1(x), attend, rotation, cache)  # (B, n, C)
-        return x + self.mlp(self.norm2(x))  # (B, n, C)
+    def forward(self, x, attend, rotation, cache=None, at=None):
+        x = take(x, at) + self.attention(self.norm1(x), attend, rotation, cache, at)
+        return x + self.mlp(self.norm2(x))  # (B, n, C) or (N, C)
+
+
+def take(x, at):
+    """The rows at (N,) of x (B, n, C), counted through all dialogues: (N, C). None: all of x."""
+    return x if at is None else x.flatten(0, 1).index_select(0, at)
 
 
 class GPT(nn.Module):
@@ -241,7 +261,7 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -293,9 +313,9 @@ class GPT(nn.Module):
         rotation = self.cos[places], self.sin[places]  # (n, 1, D) each
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else LayerCache(cache, i, places, end)
-            x = block(x, attend, rotation, layer)  # (B, n, C)
-        if at is not None:
-            x = x.flatten(0, 1)[at]  # (N, C)
+            # The last block needs all keys and values, but goes on with the wanted rows alone.
+            wanted = at if i == len(self.blocks) - 1 else None
+            x = block(x, attend, rotation, layer, wanted)  # (B, n, C), at last maybe (N, C)
         return self.head(self.norm(x))  # (B, n, V) or (N, V)
 
 
@@ -319,9 +339,16 @@ def sdpa(q, k, v, seen=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=groups > 1)
 
 
-# Up to so many keys training on the CPU takes the plain attention, since the backward of SDPA is
-# slow there for short rows: with it a step of the default run took 1.3 times as long.
-SHORT = 256
+def short(S):
+    """Whether training on the CPU over S keys takes the plain attention.
+
+    For short rows the backward of SDPA is slow there: in bfloat16 a step of the default run took
+    1.3 times as long with it. In float32 on AVX2 plain attention over 64 keys takes 0.87 times as
+    long, over 148 keys 1.07 times, over 256 keys 1.3 times.
+    """
+    return S <= (256 if torch.is_autocast_enabled("cpu") else 100)
+
+
 # From so many keys on CUDA a mask is left to FlexAttention. At 1,024 a compiled training step is
 # 1.05 times as fast as with a mask given to SDPA, at 4,096 forward and backward of attention alone
 # are 1.26 times as fast (H100, bfloat16).
@@ -331,7 +358,7 @@ FLEX_FROM = 1024
 def fastest_attention(f, S, device, plain=choose_attention):
     """As choose_attention. f is looked at here, on the CPU: a look at a GPU would make it wait."""
     n = f.shape[1]
-    if device.type == "cpu" and S <= SHORT and torch.is_grad_enabled():
+    if device.type == "cpu" and torch.is_grad_enabled() and short(S):
         return plain(f, S, device)
     if f.min() >= S:
         # Under ISM so it is in a chat: a query and a token of an answer see the whole cache.
@@ -345,7 +372,74 @@ def fastest_attention(f, S, device, plain=choose_attention):
     return functools.partial(sdpa, seen=seen[:, None])
 
 
-choose_attention = fastest_attention  # from here on GPT.forward finds this one
+def normalize(x, eps):
+    """x over the root of its mean square, and what x was multiplied by (..., 1), in float32."""
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (..., 1)
+    scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).to(x.dtype), scale
+
+
+class NormFunction(torch.autograd.Function):
+    """rms_norm with its gradient written out: on a CPU it takes half of the time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        normal, scale = normalize(x, eps)
+        ctx.save_for_backward(normal, scale, weight)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx, dy):
+        normal, scale, weight = ctx.saved_tensors
+        dweight = (dy * normal).sum(tuple(range(dy.dim() - weight.dim())))
+        dy = dy * weight
+        along = torch.linalg.vecdot(dy, normal).unsqueeze(-1) / dy.shape[-1]  # (..., 1)
+        return torch.addcmul(dy, normal, along, value=-1).mul_(scale), dweight, None
+
+
+def fused_norm(x, weight, eps, plain=rms_norm):
+    """As rms_norm, which PyTorch puts together from many small operations on a CPU."""
+    if not x.is_cpu or x.dtype == torch.float64:
+        return plain(x, weight, eps)
+    if torch.is_grad_enabled() and x.dtype == torch.float32:
+        return NormFunction.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return plain(x, weight, eps)
+    return normalize(x, eps)[0] * weight.to(x.dtype)
+
+
+class ShiftFunction(torch.autograd.Function):
+    """TokenShift without a cache, its gradient written out: a third of the time on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, shares):
+        ctx.save_for_backward(x, shares)
+        y = x.clone()
+        for back, share in enumerate(shares, 1):
+            y[:, back:].addcmul_(x[:, :-back], share)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, shares = ctx.saved_tensors
+        dx, dshares = dy.clone(), torch.empty_like(shares)
+        for back, share in enumerate(shares, 1):
+            dx[:, :-back].addcmul_(dy[:, back:], share)
+            dshares[back - 1] = (dy[:, back:] * x[:, :-back]).sum((0, 1))
+        return dx, dshares
+
+
+class FusedShift(TokenShift):
+    """As TokenShift."""
+
+    def forward(self, x, cache=None):
+        if cache is None and x.is_cpu and torch.is_grad_enabled() and x.dtype == self.shares.dtype:
+            return ShiftFunction.apply(x, self.shares)
+        return super().forward(x, cache)
+
+
+# From here on what stands above finds these.
+choose_attention, rms_norm, TokenShift = fastest_attention, fused_norm, FusedShift
 
 
 def block_mask(f, S, size=128):

@@ -150,13 +150,13 @@ def evaluate(run, split):
 import pathlib
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, field
 
 from tqdm import tqdm
 
 from data import checkpoint, hf, machine
 from data.loader import SPLITS, Split, prepare
-from data.scores import needs_new_word, report, summary
+from data.scores import by_kind, needs_new_word, report, summary
 from data.tokenizer import Tokenizer
 from mask import annealed, check
 from model import GPT, GPTConfig, recompute_blocks
@@ -177,7 +177,9 @@ class Run:
     step: int
     watch: object  # called as watch(run, loss) after each step
     began: float
-    seen: int = 0  # tokens
+    bar: tqdm = None  # the progress bar; None if another watches
+    since: float = field(default_factory=time.time)  # the first step
+    seen: int = 0  # tokens since then
     right: float = None  # the share of held-out answers, when last looked at
 
 
@@ -190,6 +192,8 @@ def begin(s, model=None, splits=None, watch=None):
     if WORLD > 1:
         dtype = machine.connect(device, dtype)
     out = None if splits else checkpoint.make_folder(s.out_dir)
+    if out is not None and RANK == 0:
+        checkpoint.hold(out)
     # The sizes of the model and its tokenizer: from a published checkpoint, or from the settings.
     if s.init_from:
         tokenizer = hf.load_tokenizer(s.init_from)
@@ -220,7 +224,8 @@ def begin(s, model=None, splits=None, watch=None):
         for block in model.blocks:
             block.compile(dynamic=True)
     run = Run(s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began)
-    run.watch = watch or Progress(run)
+    if watch is None:
+        run.watch, run.bar = tell, announce(run)
     return run
 
 
@@ -322,41 +327,38 @@ def add_up_gradients(run):
         machine.add_up([p.grad for p in trained])
 
 
-class Progress:
-    """The line at the start, and the bar, which tells the loss and the speed now and then."""
+def announce(run):
+    """The line at the start; the progress bar."""
+    rows = run.splits["train"].rows(MASKS[run.s.mask])
+    length = (rows[:, 2] - rows[:, 1]).mean()
+    told = [
+        f"{run.model.n_params() / 1e6:.2f}M parameters", f"{run.s.mask} mask",
+        f"{run.device.type} in {str(run.dtype)[6:]}",
+        f"{len(rows):,} rows of {length:.0f} tokens",
+    ]
+    if WORLD > 1:
+        told.append(f"{WORLD} processes")
+    if RANK == 0:
+        print(", ".join(told))
+    return tqdm(
+        total=run.s.max_iters, initial=run.step, desc="train", unit="step", mininterval=0.5,
+        disable=RANK > 0,
+    )
 
-    def __init__(self, run):
-        rows = run.splits["train"].rows(MASKS[run.s.mask])
-        length = (rows[:, 2] - rows[:, 1]).mean()
-        told = [
-            f"{run.model.n_params() / 1e6:.2f}M parameters", f"{run.s.mask} mask",
-            f"{run.device.type} in {str(run.dtype)[6:]}",
-            f"{len(rows):,} rows of {length:.0f} tokens",
-        ]
-        if WORLD > 1:
-            told.append(f"{WORLD} processes")
-        if RANK == 0:
-            print(", ".join(told))
-        self.bar = tqdm(
-            total=run.s.max_iters, initial=run.step, desc="train", unit="step", mininterval=0.5,
-            disable=RANK > 0,
-        )
-        self.since = time.time()
 
-    def __call__(self, run, loss):
-        self.bar.update()
-        last = run.step == run.s.max_iters
-        if run.step % 20 == 0 or last:
-            if WORLD > 1:
-                machine.add_up([loss])
-            checkpoint.check_finite(loss, run.step)
-            speed = run.seen / (time.time() - self.since)
-            told = f"loss {loss.item():.3f}, {speed:,.0f} tokens/s"
-            if run.right is not None:
-                told += f", held-out right {run.right:.1%}"
-            self.bar.set_postfix_str(told)
-        if last:
-            self.bar.close()
+def tell(run, loss):
+    """Move the bar, and tell the loss and the speed now and then."""
+    run.bar.update()
+    if run.step % 20 > 0 and run.step < run.s.max_iters:
+        return
+    if WORLD > 1:
+        machine.add_up([loss])
+    checkpoint.check_finite(loss, run.step)
+    speed = run.seen / (time.time() - run.since)
+    told = f"loss {loss.item():.3f}, {speed:,.0f} tokens/s"
+    if run.right is not None:
+        told += f", held-out right {run.right:.1%}"
+    run.bar.set_postfix_str(told)
 
 
 def save(run):
@@ -378,6 +380,10 @@ def look(run):
 def finish(run):
     """Save, measure, write the metrics. KeyboardInterrupt if the run was stopped before its end."""
     save(run)
+    if RANK == 0 and run.out is not None:
+        checkpoint.let_go(run.out)
+    if run.bar is not None:
+        run.bar.close()
     if run.step < run.s.max_iters:
         so_far = f"stopped after step {run.step} of {run.s.max_iters}"
         go_on = f"the same flags and --resume go on from {run.out / 'ckpt.pt'}"
@@ -396,6 +402,8 @@ def measure(run):
     loss, answers = evaluate(run, test)
     accuracy, by_turn = summary(test, answers)
     metrics = {"accuracy": accuracy, "accuracy_by_turn": by_turn, "loss": loss}
+    if "reasoning" in test.family_names:
+        metrics["accuracy_by_kind"] = by_kind(test, answers, run.tokenizer)
     if "new_words" in run.splits:
         new = run.splits["new_words"]
         _, answers = evaluate(run, new)

@@ -14,6 +14,11 @@ import torch
 
 from model import GPT, GPTConfig
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -50,6 +55,33 @@ def make_folder(path):
         why = f"is no folder that can be written ({error.strerror}); name another"
         raise ValueError(f"--out_dir {folder} {why}") from None
     return folder
+
+
+HELD = {}  # folder -> the open file that keeps it locked
+
+
+def hold(folder):
+    """Lock a folder for this process, and remove what a killed run has left half written there.
+
+    ValueError if another process holds it. The lock ends with the process, however that ends; where
+    the system has none, on Windows, two runs in one folder are not told.
+    """
+    HELD[folder] = open(folder / "lock", "w")
+    try:
+        if fcntl is not None:
+            fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {folder}; name another --out_dir") from None
+    except OSError:  # a disk without locks
+        pass
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
+
+
+def let_go(folder):
+    """Unlock a folder that `hold` has locked."""
+    HELD.pop(folder).close()
+    (folder / "lock").unlink(missing_ok=True)
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -186,8 +218,9 @@ def restore(state, model, optimizer, max_iters, path):
         step = int(state["step"])
         restore_optimizer(state["optimizer"]["state"], optimizer, step)
     except Exception as error:  # a damaged file raises many types
-        what = f"has no weights or optimizer state for these settings ({type(error).__name__})"
-        raise ValueError(f"{path} {what}; --resume needs the flags of its run") from None
+        other = f"is of other settings ({type(error).__name__})"
+        needed = "--resume needs the flags of the run that wrote it"
+        raise ValueError(f"{path} {other}; {needed}") from None
     if step > max_iters:
         what = f"is from step {step}; --max_iters must be at least that, not {max_iters}"
         raise ValueError(f"{path} {what}")

@@ -19,7 +19,7 @@ import unicodedata
 
 import torch
 
-from data.checkpoint import whole_file
+from data.checkpoint import check_sizes, whole_file
 from data.tokenizer import Tokenizer, read_ranks
 from model import GPT, GPTConfig, rope_tables
 
@@ -108,11 +108,13 @@ def read_config(folder, block_size=0):
         raise ValueError(f"{path}: layer_types other than full_attention are not supported")
     if block_size > longest:
         raise ValueError(f"{path}: the context is {longest} tokens, {block_size} are asked for")
-    return GPTConfig(
+    config = GPTConfig(
         vocab_size=number(c, "vocab_size"), block_size=block_size or longest, n_layer=number(c, "num_hidden_layers"),
         n_head=n_head, n_kv_head=number(c, "num_key_value_heads", n_head), n_embd=n_embd, n_hidden=number(c, "intermediate_size"),
         head_size=number(c, "head_dim", n_embd // n_head), rope_theta=number(rope, "rope_theta", 10000.0, float), rope_scaling=scaling,
         norm_eps=number(c, "rms_norm_eps", 1e-6, float), tie_embeddings=bool(c.get("tie_word_embeddings")), **ARCHITECTURES[name])
+    check_sizes(config)
+    return config
 
 
 def copy_small_files(folder, out):

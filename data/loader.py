@@ -188,7 +188,7 @@ class Split:
         self.family_names = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
     def rows(self, mask):
-        """(rows, 3) dialogue, start, end: a row a dialogue, or a turn if the mask needs triplets."""
+        """(rows, 3) dialogue, start, end: a row a dialogue; a row a turn if the mask needs that."""
         first, last = self.offsets[:-1], self.offsets[1:]
         if one_pass(mask):
             return np.stack([np.arange(len(first)), first, last], 1)
@@ -219,7 +219,9 @@ class Split:
 
     def collate(self, rows):
         """Rows -> tokens (B, T) int64, segments (B, T) int64, padded with 0 on the right."""
-        T = padded_length(int((rows[:, 2] - rows[:, 1]).max()))
+        longest = int((rows[:, 2] - rows[:, 1]).max())
+        # No longer than the longest dialogue, so that the context is never too short for padding.
+        T = max(longest, min(padded_length(longest), int(np.diff(self.offsets).max())))
         tokens, segments = np.zeros((2, len(rows), T), dtype=np.int64)
         for i, (_, start, end) in enumerate(rows.tolist()):
             tokens[i, : end - start] = self.tokens[start:end]

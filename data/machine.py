@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 import sys
 import threading
@@ -173,6 +174,19 @@ def pick_dtype(name, device):
         seconds[dtype] = min(times)
     fast = seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
     return torch.bfloat16 if fast else torch.float32
+
+
+def describe():
+    """This machine in a line, for figures that were measured on it."""
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            found = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        name = found[0] if found else name
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}, {name}"
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {torch.get_num_threads()} threads, {kind}, torch {torch.__version__}"
 
 
 def autocast(device, dtype):

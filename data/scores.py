@@ -23,6 +23,25 @@ def summary(split, answers):
     return fractions(right, groups), fractions(right, turns)
 
 
+def by_kind(split, answers, tokenizer):
+    """{kind of reasoning: fraction right} of answers (N, 3), by what their query asks."""
+    kinds = []
+    for dialogue, segment, _ in answers:
+        kind = ""
+        if split.family_names[split.families[dialogue]] == "reasoning":
+            kind = reasoning_kind(segment_text(split, tokenizer, dialogue, segment - 1))
+        kinds.append(kind)
+    kinds = np.array(kinds)
+    return fractions(answers[:, 2], {kind: kinds == kind for kind in np.unique(kinds) if kind})
+
+
+def reasoning_kind(query):
+    """What a query of the family `reasoning` asks for; of definitions, how many additions."""
+    if "=" in query:
+        return f"definitions, {query.count('+')} steps"
+    return "missing from a list" if "missing" in query else "named only once"
+
+
 def fractions(right, groups):
     return {name: float(right[at].mean()) for name, at in groups.items() if at.any()}
 
@@ -46,6 +65,7 @@ def needs_new_word(split, answers, tokenizer):
 TABLES = {  # titles of the tables of a run, and where its metrics have them
     "by family": "accuracy",
     "by turn": "accuracy_by_turn",
+    "by kind of reasoning": "accuracy_by_kind",
     "that need a word never trained on": "accuracy_new_words",
 }
 

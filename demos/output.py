@@ -1,20 +1,40 @@
-"""Where a demo's picture and figures go: matplotlib without a screen, a color for each mask, and files that can be written."""
+"""
+What the demos put out: tables, and pictures, in one folder and with one color for each mask.
+"""
 import sys
 from pathlib import Path
+
+import numpy as np
 
 try:
     import matplotlib
 except ModuleNotFoundError:
-    sys.exit(f"{Path(sys.argv[0]).name}: the picture needs matplotlib, which is not installed: pip install -r tests/requirements.txt")
+    name = Path(sys.argv[0]).name
+    sys.exit(f"{name}: the picture needs matplotlib, which is not installed: "
+             "pip install -r demos/requirements.txt")
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+matplotlib.use("Agg")  # without a screen
+import matplotlib.pyplot as plt  # noqa: F401, the demos take it from here
 
-COLORS = {"causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green", "causal, all tokens": "tab:orange"}
+PICTURES = Path(__file__).resolve().parent / "out"
+COLORS = {
+    "causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green",
+    "causal, all tokens": "tab:orange", "causal, given twice": "tab:orange",
+}
+
+
+def color(name):
+    """The color of a mask; one of a reader's own is gray."""
+    return COLORS.get(name, "tab:gray")
+
+
+def picture(name):
+    """Where a demo's picture goes if no one says otherwise."""
+    return str(PICTURES / f"{name}.png")
 
 
 def check_writable(*paths, json=""):
-    """Make the folders of the files and open the files, before the work and not after it. Ends the program where that fails.
+    """Make the folders of the files and open the files, before the work. Ends the program if not.
 
     json: one more file, that of the figures, where it was asked for.
     """
@@ -24,3 +44,40 @@ def check_writable(*paths, json=""):
             open(path, "a").close()
         except OSError as error:
             sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path}: {error.strerror}")
+
+
+def spelled(value):
+    if isinstance(value, bool) or isinstance(value, str):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def table(title, rows):
+    """Print dicts with the same keys under their keys, as Markdown. Lists in them are left out."""
+    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    lines = [names, *([spelled(row[name]) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"\n{title}\n")
+    for i, line in enumerate(lines):
+        first, *others = (cell.rjust(width) for cell, width in zip(line, widths))
+        print("| " + " | ".join([line[0].ljust(widths[0]), *others]) + " |")
+        if i == 0:
+            rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+            print("| " + " | ".join(rules) + " |")
+
+
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, for 2 to 10 values
+
+
+def interval(values):
+    """Half of the 95 % t interval of a mean; NaN for one value."""
+    n = len(values)
+    return T975[n - 2] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+
+
+def percent(values, sign=""):
+    """The mean of shares in percent, with its interval."""
+    if len(values) == 0:
+        return "-"
+    mean = f"{100 * np.mean(values):{sign}.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * interval(values):.1f}"

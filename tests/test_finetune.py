@@ -1,4 +1,5 @@
 """From a checkpoint folder to a fine-tuned one: parts of a batch, checkpointing, annealing, LoRA, saving, memory, processes."""
+import copy
 import json
 import random
 import shutil
@@ -18,10 +19,11 @@ import sample as sample_module
 import train as train_module
 from data.checkpoint import load_checkpoint
 from data.hf import SYMBOLS, from_pretrained, load_tokenizer, read_config, save_pretrained
+from data.loader import Split
 from mask import MASKS, annealed, causal, loss_positions
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, recompute_blocks
 from sample import load_chat
-from train import Settings, train
+from train import Settings, mask_at, train
 
 sys.path.insert(0, str(ROOT / "demos"))
 import finetune as finetune_module
@@ -64,23 +66,21 @@ def chats(tmp_path, monkeypatch):
     return str(path)
 
 
-def losses(monkeypatch, *arguments, **settings):
+def losses(**settings):
     """The loss of each step of a run."""
-    seen, original = [], train_module.gradients
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "gradients", lambda *a: seen.append(original(*a)) or seen[-1])
-        train(Settings(**settings), *arguments)
+    seen = []
+    train(Settings(**settings), watch=lambda run, loss: seen.append(loss))
     return torch.stack(seen)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_parts_add_up_to_the_batch(tmp_path, monkeypatch, chats, mask):
+def test_parts_add_up_to_the_batch(tmp_path, chats, mask):
     """20 steps in 1, 2, 3 and more parts than there are rows: the same losses, and the same weights at the end."""
     s = dict(TINY, data=chats, mask=mask, max_iters=20, out_dir=str(tmp_path))
-    whole = losses(monkeypatch, **s)
+    whole = losses(**s)
     weights = load_checkpoint(tmp_path / "ckpt.pt")["model"]
     for parts in (2, 3, 50):
-        assert (losses(monkeypatch, grad_accum=parts, **s) - whole).abs().max() < 1e-5
+        assert (losses(grad_accum=parts, **s) - whole).abs().max() < 1e-5
         other = load_checkpoint(tmp_path / "ckpt.pt")["model"]
         assert all((weights[name] - other[name]).abs().max() < 1e-3 for name in weights)  # Adam divides by what may be small
 
@@ -123,19 +123,21 @@ def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50, block_size=96, n_layer=6, n_head=4, n_embd=32, n_hidden=48, **VARIANTS[variant]))
     rng = random.Random(1)
+    twin = copy.deepcopy(model)
+    recompute_blocks(twin)
     for number in range(6):
         tokens, segments = (row.repeat(20, 1) for row in dialogue(rng))
         f = list(MASKS.values())[number % 3](segments)
         results, peaks = [], []
-        for model.checkpointing in (False, True):
-            with Live(*model.parameters()) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                results.append(gradients_of(model, tokens, f))
+        for each in (model, twin):
+            with Live(*each.parameters()) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                results.append(gradients_of(each, tokens, f))
             peaks.append(live.peak)
-            model.zero_grad()
+            each.zero_grad()
         assert all(torch.equal(a, b) for a, b in zip(*results))
         assert tokens.shape[1] < 20 or peaks[1] < 0.7 * peaks[0]
         with torch.no_grad():
-            assert model(tokens, f).isfinite().all()
+            assert torch.equal(model(tokens, f), twin(tokens, f))
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -161,15 +163,13 @@ def test_an_annealed_mask_lies_between_and_does_not_leak(name):
                 assert torch.equal(model(tokens, f)[0, j], model(changed, f)[0, j])
 
 
-def test_annealing_begins_causal_and_ends_as_the_mask(tmp_path, monkeypatch, chats):
+def test_annealing_begins_causal_and_ends_as_the_mask(tmp_path, chats):
     s = dict(TINY, data=chats, max_iters=4, out_dir=str(tmp_path))
-    one = {name: losses(monkeypatch, **s, mask=name)[0] for name in ("causal", "ism")}
-    first = losses(monkeypatch, **s, mask="ism", anneal=2)
+    one = {name: losses(**s, mask=name)[0] for name in ("causal", "ism")}
+    first = losses(**s, mask="ism", anneal=2)
     assert first[0] == one["causal"] != one["ism"]
-    seen, original = [], train_module.gradients
-    monkeypatch.setattr(train_module, "gradients", lambda *a: seen.append(a[3]) or original(*a))
-    train(Settings(**s, mask="ism", anneal=2))
-    assert [mask is MASKS["ism"] for mask in seen] == [False, False, True, True]
+    masks = [mask_at(step, Settings(**s, mask="ism", anneal=2)) for step in range(4)]
+    assert [mask is MASKS["ism"] for mask in masks] == [False, False, True, True]
 
 
 def random_lora(model, rng):
@@ -247,13 +247,13 @@ def test_lora_resumes_to_the_bit(tmp_path, chats):
     folder = make_folder(tmp_path / "folder")
     s = dict(FAST, data=chats, init_from=str(folder))
     finetune(Finetune(**s, out_dir=str(tmp_path / "whole")))
-    original = train_module.learning_rate
-    train_module.learning_rate = lambda step, t: original(step, Settings(**{**FAST, "max_iters": 6}))
+    original = train_module.rate_at
+    train_module.rate_at = lambda step, t: original(step, Settings(**{**FAST, "max_iters": 6}))
     try:
         finetune(Finetune(**{**s, "max_iters": 3}, out_dir=str(tmp_path / "parts")))
         finetune(Finetune(**s, out_dir=str(tmp_path / "parts"), resume=True))
     finally:
-        train_module.learning_rate = original
+        train_module.rate_at = original
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()
 
 
@@ -275,16 +275,14 @@ def test_commands(tmp_path, chats, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-class Rows:
-    """Stands for a split: dialogues of one query and one answer, of random tokens."""
+class Rows(Split):
+    """Dialogues of one query and one answer, of random tokens."""
 
-    def __init__(self, vocab_size, length):
-        self.vocab_size, self.length = vocab_size, length
-
-    def collate(self, rows):
-        segments = torch.ones(len(rows), self.length, dtype=torch.long)
-        segments[:, self.length // 2 :] = 2
-        return torch.randint(0, self.vocab_size, segments.shape), segments
+    def __init__(self, vocab_size, length, n):
+        self.tokens = torch.randint(0, vocab_size, (n * length,)).numpy()
+        self.segments = ((torch.arange(n * length) % length) // (length // 2) + 1).numpy()
+        self.offsets = (torch.arange(n + 1) * length).numpy()
+        self.families, self.family_names = torch.zeros(n, dtype=torch.long).numpy(), ["rows"]
 
 
 def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
@@ -294,16 +292,13 @@ def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
         add_lora(model.to(dtype), rank, 1.0)
         for name, p in model.named_parameters():
             p.data = p.data.float() if p.requires_grad else p.data
-    model.checkpointing = checkpointing
     there(list(model.parameters()))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    s = Settings(grad_accum=2, block_size=length, device=device)
-    batch, split = torch.arange(2 * rows)[:, None].numpy(), Rows(config.vocab_size, length)
-    for _ in range(2):
-        train_module.gradients(model, split, batch, MASKS["ism"], s, torch.device(device), dtype)
-        optimizer.step()
-        optimizer.zero_grad()
-    return int(loss_positions(split.collate(batch[:rows])[1], MASKS["ism"](split.collate(batch[:rows])[1])).sum())
+    s = Settings(grad_accum=2, batch_size=2 * rows, block_size=length + 8, max_iters=2, muon=False, checkpointing=checkpointing,
+                 device=device, dtype=str(dtype)[6:])
+    splits = {"train": Rows(config.vocab_size, length, 2 * rows), "test": Rows(config.vocab_size, length, 1)}
+    train(s, model, splits, watch=lambda run, loss: None)
+    _, segments = splits["train"].collate(splits["train"].rows(MASKS["ism"])[:rows])
+    return int(loss_positions(segments, MASKS["ism"](segments)).sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,7 +29,7 @@ from data.loader import read_chats
 from data.machine import one_line
 from data.tokenizer import RANKS, Tokenizer, load_named
 from model import GPT, GPTConfig
-from sample import load_chat, read_history
+from sample import go_on, load_chat, read_history
 from train import Settings, make_optimizer
 
 HOSTILE = ["", "\x00", "\x1b[2J", "\ud800", "<|end|>", "../x", -1, 0, 1, 2**31, 2**63, 10**30, 1e308, math.inf, math.nan, True, None, [], {}, [[]]]
@@ -186,7 +186,7 @@ def read_rank_file(folder):
 
 def read_saved(folder):
     chat = CHAT[0]
-    chat.load(read_history(folder / "history.json"))
+    go_on(chat, read_history(folder / "history.json"))
     chat.send("hi")
 
 

@@ -1,16 +1,24 @@
 """The model: equal to a naive reference, no leak, and a cache that changes nothing."""
 import copy
+import functools
 import itertools
 import random
+import sys
+import types
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from mask import MASKS, causal, dense, ism, loss_positions, reusable
-from model import FLEX_FROM, GPT, Cache, Decoder, GPTConfig, Int8Linear, PackedLinear, attention, blocks, pack, visible
+from model import (
+    FLEX_FROM, GPT, Cache, GPTConfig, Int8Linear, PackedLinear, Replay, attention, attend_by_blocks,
+    block_mask, choose_attention, pack, sdpa,
+)
 
 VARIANTS = {
     "gpt": dict(n_kv_head=4),
@@ -51,7 +59,7 @@ def reference(model, tokens, f):
         W = lambda name: P[f"blocks.{i}.{name}"]
         h = norm(x, W("norm1.weight"))
         if c.token_shift:
-            shares = W("attention.shares")
+            shares = W("attention.shift.shares")
             h = torch.stack([h[:, j] + sum(shares[i - 1] * h[:, j - i] for i in (1, 2, 3) if j >= i) for j in range(T)], 1)
         h = h @ W("attention.qkv.weight").T + (W("attention.qkv.bias") if c.qkv_bias else 0)
         heads = h.split(D, -1)
@@ -79,9 +87,9 @@ def test_forward_equals_reference(variant, name):
         assert (model(tokens, f) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def feed_as_chat_does(model, tokens, segments, mask, feed_end_with_query=False):
+def feed_as_chat_does(model, tokens, segments, mask, feed_end_with_query=False, cache=None):
     """Turn by turn and token by token through the cache; yields (position, logits) where chat reads them."""
-    cache, old = Cache(model.config), torch.zeros(1, 0, dtype=torch.long)
+    cache, old = cache or Cache(model.config), torch.zeros(1, 0, dtype=torch.long)
     row, T, position = segments[0].tolist(), segments.shape[1], 0
     while position < T:
         end = position + 1
@@ -173,16 +181,59 @@ def test_one_layer_answers_are_the_same_under_ism_and_causal():
     assert difference[1] < 1e-4 < 1e-2 < difference[2]
 
 
+def exact_attention(q, k, v, f):
+    """In float64, without a library: (B, H, n, D)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    seen = torch.arange(k.shape[2], device=f.device) < f[:, None, :, None]  # (B, 1, n, S)
+    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
 @torch.no_grad()
-def test_visible_takes_the_cheapest_path():
-    """No mask for a query over a cache or a decoded token under ISM, is_causal for a causal row, else a mask."""
-    assert visible(torch.full((1, 5), 12), 5, 12) is None  # a query over a cache of 7
-    assert visible(torch.tensor([[12]]), 1, 12) is None  # a decoded token
-    assert visible(None, 1, 12) is None
-    assert visible(torch.arange(1, 6)[None], 5, 5) == visible(None, 5, 5) == "causal"
+def test_the_cheapest_attention_is_chosen():
+    """No mask for a query over a cache or a decoded token under ISM, is_causal for causal rows, else a mask."""
+    def chosen(f, S):
+        attend = choose_attention(f, S, torch.device("cpu"))
+        return attend if attend is sdpa else attend.keywords
+
+    assert chosen(torch.full((1, 5), 12), 12) is sdpa  # a query over a cache of 7
+    assert chosen(torch.tensor([[12]]), 12) is sdpa  # a decoded token
+    assert chosen(torch.arange(1, 6)[None], 5) == {"causal": True}
     expected = torch.arange(12) < torch.arange(8, 13)[:, None]  # a triangle at the bottom right
-    assert torch.equal(visible(None, 5, 12)[0, 0], expected)
-    assert torch.equal(visible(torch.arange(8, 13)[None], 5, 12)[0, 0], expected)
+    assert torch.equal(chosen(torch.arange(8, 13)[None], 12)["seen"][0, 0], expected)
+    with torch.enable_grad():  # short rows in training take the plain attention
+        assert not isinstance(choose_attention(torch.arange(1, 6)[None], 5, torch.device("cpu")), functools.partial)
+
+
+def test_every_attention_gives_the_same():
+    """The plain attention, the one that is chosen and FlexAttention, on random f: same result, same gradients."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    for number in range(60):
+        H, Hkv = rng.choice(((4, 4), (4, 2), (4, 1)))
+        n = rng.choice((1, 1, rng.randint(2, 40)))
+        S = n + rng.choice((0, rng.randint(0, 30)))
+        kind = rng.choice(("random", "causal", "all"))
+        f = torch.randint(1, S + 3, (2, n))
+        if kind == "causal":
+            f = torch.arange(S - n + 1, S + 1).expand(2, n)
+        elif kind == "all":
+            f = torch.full((2, n), S)
+        q = torch.randn(2, H, n, 8, dtype=torch.double, requires_grad=True)
+        k, v = (torch.randn(2, Hkv, S, 8, dtype=torch.double, requires_grad=True) for _ in range(2))
+        expected = exact_attention(q, k, v, f)
+        seed = torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, (q, k, v), seed)
+        with torch.no_grad():  # so that no training is expected, and a fused kernel chosen
+            fast = choose_attention(f, S, q.device)
+        for attend in (choose_attention(f, S, q.device), fast):
+            y = attend(q, k, v)
+            assert torch.allclose(y, expected)
+            assert all(map(torch.allclose, torch.autograd.grad(y, (q, k, v), seed), wanted))
+        if number < 20:
+            with torch.no_grad():
+                y = flex_attention(q.detach(), k.detach(), v.detach(), block_mask=block_mask(f, S, 16), enable_gqa=H > Hkv)
+            assert torch.allclose(y, expected)
 
 
 @torch.no_grad()
@@ -191,21 +242,6 @@ def test_causal_without_f_over_a_cache():
     cache = Cache(model.config, batch_size=2)
     parts = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 20))]
     assert torch.allclose(torch.cat(parts, 1), model(tokens), atol=1e-4)
-
-
-def test_attention_with_gradients_equals_sdpa():
-    """The path for short rows in training gives what the library gives, and the same gradients."""
-    torch.manual_seed(0)
-    for H, Hkv, T in ((4, 4, 33), (4, 2, 20)):
-        segments = (torch.arange(T) // 4 + 1)[None]
-        mask = visible(ism(segments), T, T)
-        q, k, v = (torch.randn(2, h, T, 8, dtype=torch.double, requires_grad=True) for h in (H, Hkv, Hkv))
-        ours = attention(q, k, v, mask)
-        theirs = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-        assert torch.allclose(ours, theirs)
-        seed = torch.randn_like(ours)
-        for a, b in zip(torch.autograd.grad(ours, (q, k, v), seed), torch.autograd.grad(theirs, (q, k, v), seed)):
-            assert torch.allclose(a, b)
 
 
 def test_cache_is_its_formulas_bytes():
@@ -223,6 +259,15 @@ def test_errors():
         GPTConfig(n_head=4, n_kv_head=3)
 
 
+@pytest.mark.parametrize("f, words", [
+    (torch.ones(2, 5, dtype=torch.bool), "integers"), (torch.ones(2, 5), "integers"), (torch.ones(5, dtype=torch.long), "for each token"),
+    (torch.ones(1, 5, dtype=torch.long), "for each token"), (torch.tensor([[1, 2, 0, 4, 5], [1, 2, 3, 4, 5]]), "at least one")])
+def test_an_f_that_is_none_is_one_line(f, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make()(torch.zeros(2, 5, dtype=torch.long), f)
+    assert "\n" not in str(error.value)
+
+
 def test_blocks_are_those_of_the_dense_mask():
     """Which blocks of FlexAttention's are full, looked into or left out, against the mask itself; and its result."""
     rng = random.Random(0)
@@ -231,7 +276,7 @@ def test_blocks_are_those_of_the_dense_mask():
         S = n + rng.randint(0, 30)
         f = torch.tensor([[rng.randint(1, S) for _ in range(n)] for _ in range(2)])
         seen = torch.arange(S) < f[..., None]  # (B, n, S)
-        found = blocks(f, S, size)
+        found = block_mask(f, S, size)
         for b, r in itertools.product(range(2), range(-(-n // size))):
             part = [seen[b, r * size : (r + 1) * size, c * size : (c + 1) * size] for c in range(-(-S // size))]
             full = set(found.full_kv_indices[b, 0, r, : found.full_kv_num_blocks[b, 0, r]].tolist())
@@ -251,6 +296,45 @@ def by_parts(model, tokens, segments, cut):
     with torch.inference_mode():
         parts = [model(part, None, cache) for part in (tokens[:, :cut], *tokens[:, cut:].split(1, 1)) if part.numel()]
         return torch.cat([model(tokens, ism(segments)), *parts], 1).float()
+
+
+LINE = "# ==== below this line"
+
+
+@functools.cache
+def lesson():
+    """model.py cut at the line: a module of what stands above it alone."""
+    above, below = (ROOT / "model.py").read_text(encoding="utf-8").split(LINE)
+    module = types.ModuleType("lesson")
+    sys.modules["lesson"] = module  # where dataclasses look for themselves
+    exec(compile(above, "lesson", "exec"), module.__dict__)
+    assert "def sdpa" in below and not hasattr(module, "sdpa")
+    return module
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", MASKS)
+def test_the_lesson_above_the_line_is_the_whole_model(variant, name):
+    """The same logits and gradients in one forward, and the same logits turn by turn through the cache."""
+    plain, rng = lesson(), random.Random(5)
+    for seed in range(4):
+        model = make(variant, 400, seed)
+        twin = plain.GPT(plain.GPTConfig(**asdict(model.config)))
+        twin.load_state_dict(model.state_dict())
+        tokens, segments = dialogue(rng, 400, turns=rng.choice((4, 40)))
+        f = MASKS[name](segments)
+        with torch.no_grad():
+            expected = model(tokens, f)
+            scale = float(expected.abs().max())
+            assert torch.allclose(twin(tokens, f), expected, atol=1e-5 * scale, rtol=0)
+            parts = zip(feed_as_chat_does(model, tokens, segments, MASKS[name]),
+                        feed_as_chat_does(twin, tokens, segments, MASKS[name], cache=plain.Cache(twin.config)))
+            for (_, a), (_, b) in parts:
+                assert torch.allclose(a, b, atol=1e-5 * scale, rtol=0)
+        for each in (model, twin):
+            each(tokens, f).square().mean().backward()
+        for p, q in zip(model.parameters(), twin.parameters()):
+            assert torch.allclose(p.grad, q.grad, atol=1e-4 * float(p.grad.abs().max()), rtol=0)
 
 
 BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -278,11 +362,42 @@ def test_packed_weights_give_the_same_logits(variant, int8):
         assert (found - expected).norm() <= 0.03 * expected.norm()
 
 
-def exact_attention(q, k, v, f):
-    """In float64, without a library: (B, H, n, D)."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~dense(f)[:, None], -torch.inf)
-    return scores.softmax(-1) @ v
+def decoded(model, tokens, f):
+    """The logits (T, V) of a dialogue whose answers are written by Replay, and its queries read in one call."""
+    cache = Cache(model.config, device=tokens.device, dtype=model.embed.weight.dtype)
+    cache.k.fill_(torch.nan)  # what memory happens to hold must not matter
+    replay = Replay(model, cache)
+    parts, T = [], tokens.shape[1]
+    while cache.length < T:
+        start, end = cache.length, int(f[0, cache.length])
+        if end == start + 1:
+            parts.append(replay(int(tokens[0, start]))[None].clone())
+        else:
+            parts.append(model(tokens[:, start:end], f[:, start:end], cache)[0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_replayed_steps_are_the_full_forward(variant):
+    """The steps that a CUDA graph captures, run without a graph; contexts below and above the smallest graph's."""
+    rng = random.Random(0)
+    for seed, block_size in enumerate((40, 96, 200, 600)):
+        model = make(variant, block_size, seed)
+        tokens, segments = dialogue(rng, block_size, turns=block_size // 8)
+        f = ism(segments)
+        whole = model(tokens, f)[0]
+        assert torch.allclose(decoded(model, tokens, f), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_replay_refuses_a_full_cache():
+    model = make(block_size=4)
+    replay = Replay(model, Cache(model.config))
+    for token in range(4):
+        replay(token)
+    with pytest.raises(ValueError, match="context of 4"):
+        replay(0)
 
 
 @pytest.mark.cuda
@@ -296,11 +411,11 @@ def test_cuda_attention_is_fused_and_right(dtype, tolerance, name, Hkv, T):
     torch.manual_seed(0)
     H, D = 8, 64
     f = MASKS[name]((torch.arange(T) // 23 + 1)[None].expand(2, T))
-    mask = visible(f, T, T, "cuda")
-    assert isinstance(mask, BlockMask) == (name != "causal" and T >= FLEX_FROM)
+    attend = choose_attention(f, T, torch.device("cuda"))
+    assert (attend.func is attend_by_blocks) == (name != "causal" and T >= FLEX_FROM)
     q, k, v = (torch.randn(2, h, T, D, device="cuda", dtype=dtype, requires_grad=True) for h in (H, Hkv, Hkv))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
-        out = attention(q, k, v, mask)
+        out = attend(q, k, v)
         seed = torch.randn_like(out)
         grads = torch.autograd.grad(out, (q, k, v), seed)
     Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
@@ -317,40 +432,20 @@ def test_cuda_long_rows_need_no_square_of_their_length():
     q, k, v = (torch.randn(1, 4, T, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = attention(q, k, v, visible(f, T, T, "cuda"))
+    out = choose_attention(f, T, q.device)(q, k, v)
     out.backward(torch.randn_like(out))
     assert torch.cuda.max_memory_allocated() - before < 16 * q.nbytes < T * T
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cuda_decoder_is_the_full_forward(variant):
-    """A dialogue whose answers are decoded by graph replays gives the logits of one forward over all of it."""
+@torch.no_grad()
+def test_cuda_graphs_are_the_full_forward(variant):
     rng = random.Random(0)
     for seed in range(3):
-        model = make(variant, seed=seed).cuda().bfloat16()
-        tokens, segments = dialogue(rng)
+        model = make(variant, 300, seed=seed).cuda().bfloat16()
+        tokens, segments = dialogue(rng, 300, turns=20)
         tokens, f = tokens.cuda(), ism(segments)
-        cache = Cache(model.config, device="cuda", dtype=torch.bfloat16)
-        decoder = Decoder(model, cache)
-        parts, T = [], tokens.shape[1]
-        with torch.no_grad():
-            while cache.length < T:
-                start, end = cache.length, int(f[0, cache.length])
-                if end == start + 1:
-                    parts.append(decoder(int(tokens[0, start]))[None].clone())
-                else:
-                    parts.append(model(tokens[:, start:end], f[:, start:end], cache)[0])
-            got, want = torch.cat(parts).double(), model(tokens, f)[0].double()
-            exact = model.double()(tokens, f)[0]
+        got, want = decoded(model, tokens, f).double(), model(tokens, f)[0].double()
+        exact = model.double()(tokens, f)[0]
         assert (got - exact).norm() < 2 * (want - exact).norm()  # no further from the truth than rounding takes any path
-
-
-@pytest.mark.cuda
-def test_cuda_decoder_refuses_a_full_cache():
-    model = make(block_size=4).cuda().bfloat16()
-    decoder = Decoder(model, Cache(model.config, device="cuda", dtype=torch.bfloat16))
-    for token in range(4):
-        decoder(token)
-    with pytest.raises(ValueError, match="context of 4"):
-        decoder(0)

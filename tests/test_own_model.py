@@ -12,7 +12,7 @@ from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
 from conftest import ROOT
 from data.hf import from_pretrained, save_pretrained
-from sample import load_chat
+from sample import go_on, load_chat
 
 sys.path.insert(0, str(ROOT / "demos"))
 from finetune import add_lora, merge_lora
@@ -87,7 +87,7 @@ def test_a_chat_is_the_template(kind, tmp_path):
         chat.messages = []
         for _ in range(4):
             messages += [user(rng) for _ in range(rng.choice((1, 1, 2)))] + [{"role": "assistant", "content": user(rng)["content"]}]
-            chat.load(messages)
+            go_on(chat, messages)
             tokens, segments = chat.layout()
             assert (tokens, segments) == chat.tokenizer.encode_dialogue(messages)
             assert tokens + chat.tokenizer.after == template(messages, False)

@@ -1,168 +1,85 @@
-"""The quality demo: equal budgets, tasks with one right answer, runs that can be stopped, and the lesson of one layer."""
+"""The quality demo: runs of train.py, their figures, and self-chat."""
 import json
-import random
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from conftest import ROOT
+from test_chat import run
 
-DEMO = Path(__file__).resolve().parent.parent / "demos" / "quality.py"
-sys.path.insert(0, str(DEMO.parent))
-import quality as q
-
-
-def demo(*flags):
-    return subprocess.run([sys.executable, str(DEMO), *flags], capture_output=True, text=True, timeout=300)
+from data.dialogues import generate
+from demos.quality import ROWS, Study, run_all, self_chat
+from sample import load_chat
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def made(tmp_path_factory):
+    """A quick study of two rows: its folder, the printed text."""
     folder = tmp_path_factory.mktemp("quality")
-    flags = "--device", "cpu", "--dtype", "float32", "--jobs", "2"
-    done = demo("--quick", "--json", str(folder / "quality.json"), "--out", str(folder / "new" / "quality.png"), *flags)
+    done = run("demos/quality.py", "--quick", "--seeds", "1", "--rows", "prefix;ism", "--chats", "6",
+               "--runs", str(folder / "runs"), "--json", str(folder / "quality.json"),
+               "--out", str(folder / "new" / "quality.png"))
     assert done.returncode == 0, done.stderr
-    return folder / "quality.json", folder / "new" / "quality.png", done.stdout
+    return folder, done.stdout
 
 
-@pytest.fixture(scope="module")
-def figures(run):
-    return json.loads(run[0].read_text(encoding="utf-8"))
-
-
-def key(record):
-    return q.Run(*(record[field] for field in q.Run._fields))
-
-
-def test_all_planned_runs_are_there_with_shares_of_answers(figures):
-    assert sorted(map(key, figures["runs"])) == sorted(q.plan(q.QUICK))
-    assert figures["made"][0]["command"].startswith("python demos/quality.py --quick") and figures["made"][0]["commit"]
+def test_all_runs_are_there_with_shares_of_answers(made):
+    folder, said = made
+    figures = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    runs = [(record["row"], record["seed"]) for record in figures["runs"]]
+    assert runs == [("prefix", 0), ("ism", 0)]
+    assert figures["command"].startswith("python demos/quality.py --quick") and figures["cpu"]
     for record in figures["runs"]:
-        assert record["learning_rate"] in q.QUICK["rates"] and 0 <= record["score"] <= 1
-        shares = sum(record.get("curves", {}).values(), [*record.get("accuracy", {}).values()])
-        assert all(0 <= share <= 1 for share in shares)
-        for n, taught, own in record.get("chat", []):
-            assert 0 <= taught <= n and 0 <= own <= n
+        s = record["settings"]
+        assert (s["mask"], s["seed"], s["max_iters"]) == (record["row"], record["seed"], 6)
+        assert all(0 <= share <= 1 for share in record["accuracy"].values())
+        assert all(0 <= right <= asked for asked, right in record["chat"])
+        said_in_all = sum(asked for asked, _ in record["chat"])
+        dialogues = generate("test", 6, record["seed"], mixed=True)
+        assert said_in_all == sum(m["role"] == "assistant" for d in dialogues for m in d["messages"])
+    assert (folder / "new" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "| ism" in said and "the four patterns" in said and "its own answers as history" in said
 
 
-def test_all_rows_train_the_same_number_of_answer_tokens_within_a_batch(figures):
-    for seed in (*range(q.QUICK["seeds"]), q.SWEEP_SEED):
-        runs = {r["row"]: r for r in figures["runs"] if (r["task"], r["model"], r["seed"]) == ("dialogues", "2 layers", seed)}
-        assert set(runs) == set(q.ROWS) and len({r["budget"] for r in runs.values()}) == 1
-        for r in runs.values():
-            assert r["budget"] <= r["answer_tokens"] < r["budget"] + r["largest_step"]
-        one_pass = [(r["steps"], r["tokens"], r["answers"]) for row, r in runs.items() if row != "prefix"]
-        assert len(set(one_pass)) == 1  # the very same batches
-        assert runs["prefix"]["tokens"] / runs["prefix"]["answers"] > 1.5 * runs["ism"]["tokens"] / runs["ism"]["answers"]
+def test_a_study_goes_on_where_it_was_stopped(made):
+    """Runs that the file holds are not made again; one whose figures are missing is made of its checkpoint."""
+    folder, _ = made
+    figures = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    lost = figures["runs"].pop(1)
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/ckpt.pt")}
+    study = Study(quick=True, seeds=1, rows="prefix;ism", chats=6, runs=str(folder / "runs"))
+    run_all(study, figures)
+    again = figures["runs"][-1]
+    assert {k: v for k, v in again.items() if k not in ("seconds", "settings")} == {
+        k: v for k, v in lost.items() if k not in ("seconds", "settings")}
+    changed = {path.parent.name for path, before in written.items() if path.stat().st_mtime_ns != before}
+    assert changed == {"ism-0"}
 
 
-def test_tables_and_picture(run):
-    _, picture, text = run
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
-    assert all(f"{part}. " in text for part in (1, 2, 3, 4)) and "not scores on those benchmarks" in text
-    again = demo("--json", str(run[0]), "--out", str(picture))  # drawn from the file, without training
-    assert again.returncode == 0 and again.stdout[again.stdout.index("1. "):] == text[text.index("1. "):]
+def test_self_chat_counts_what_a_chat_by_hand_gives(made):
+    folder, _ = made
+    chat = load_chat(folder / "runs" / "ism-0" / "ckpt.pt", max_new_tokens=64)
+    right = asked = 0
+    for dialogue in generate("test", 6, 0, mixed=True):
+        chat.messages = [m for m in dialogue["messages"] if m["role"] == "system"]
+        chat.reset()
+        for query, answer in zip(*[iter(m for m in dialogue["messages"] if m["role"] != "system")] * 2):
+            asked += 1
+            right += chat.send(query["content"]) == answer["content"]
+    counted = self_chat(folder / "runs" / "ism-0" / "ckpt.pt", 6)
+    assert [sum(column) for column in zip(*counted)] == [asked, right]
 
 
-def test_a_stopped_run_goes_on_to_the_same_figures(figures, run, tmp_path):
-    path = tmp_path / "quality.json"
-    cut = [r for r in figures["runs"] if r["row"] in ("prefix", "ism") and r["seed"] == 1 or r["model"] == "1 layer"]
-    rest = figures | {"runs": [r for r in figures["runs"] if r not in cut]}
-    q.train_all(rest, [key(r) for r in cut], path, 2, "cpu", "float32")
-    before, after = ({key(r): {k: v for k, v in r.items() if k != "seconds"} for r in figures["runs"]}
-                     for figures in (figures, json.loads(path.read_text(encoding="utf-8"))))
-    assert len(cut) > 3 and before == after
+@pytest.mark.parametrize("flags, words", [
+    (("--rows", "foo"), "is none of"), (("--seeds", "11"), "--seeds from 1 to 10"),
+    (("--json", "README.md"), "holds no figures"), (("--out", "/dev/null/x"), "cannot write")])
+def test_errors_are_one_line(flags, words):
+    done = run("demos/quality.py", *flags)
+    assert done.returncode != 0 and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("shift", [True, False])
-def test_with_one_layer_causal_and_ism_give_the_same_answers(shift):
-    assert max(q.one_layer(1, seed, shift) for seed in range(100)) == 0
-    assert sum(q.one_layer(2, seed, shift) > 1e-3 for seed in range(100)) > 90
-
-
-def test_the_tasks_have_one_answer_which_their_queries_tell():
-    rng = random.Random(0)
-    for _ in range(300):
-        for query, answer in q.missing(rng):
-            second = query.index(q.SECOND)
-            assert {answer} == set(query[1:second]) - set(query[second:])
-        for query, answer in q.once(rng):
-            assert [answer] == [x for x in query[1:-1] if query.count(x) == 1]
-        after = {}
-        for query, answer in q.chain(rng):
-            after |= {query[i + 1]: query[i + 2] for i, token in enumerate(query) if token == q.LINK}
-            ask, x = query[-2:]
-            for _ in range(ask - q.ASK):
-                x = after[x]
-            assert x == answer
-
-
-def test_lists_are_made_of_queries_and_answers():
-    for task in q.TASKS.values():
-        split = q.Lists(task, 50, "a seed")
-        rng = random.Random("a seed")
-        for row, (start, end) in enumerate(zip(split.offsets, split.offsets[1:])):
-            tokens, segments = split.tokens[start:end], split.segments[start:end]
-            for turn, (query, answer) in enumerate(task(rng)):
-                assert tokens[segments == 2 * turn + 1].tolist() == query
-                assert tokens[segments == 2 * turn + 2].tolist() == [answer]
-            assert (np.diff(segments) >= 0).all() and segments[-1] == 2 * turn + 2
-            assert len(tokens) <= q.Settings().block_size and tokens.max() < q.VOCABULARY
-
-
-def test_the_rate_is_the_best_of_a_whole_sweep():
-    rng = random.Random(0)
-    size = q.FULL
-    for run in [run for run in q.plan(size) if not run.rate]:
-        scores = [rng.random() for _ in q.rates(run.task, size)]
-        model = run.model if run.task != "dialogues" and run.model != "1 layer" else "2 layers"
-        records = [q.Run(run.task, model, run.row, q.SWEEP_SEED, rate)._asdict() | {"score": score}
-                   for rate, score in zip(q.rates(run.task, size), scores)]
-        others = [q.Run("dialogues", "2 layers", "none", q.SWEEP_SEED, 1.0)._asdict() | {"score": 2.0}]
-        assert q.best_rate(run, records + others, size) == q.rates(run.task, size)[int(np.argmax(scores))]
-        assert q.best_rate(run, records[1:] + others, size) is None
-
-
-@pytest.mark.parametrize("n", [2, 3, 5, 10])
-def test_intervals_hold_the_mean_as_often_as_they_say(n):
-    values = np.random.default_rng(n).normal(size=(4000, n))
-    held = np.mean([abs(v.mean()) < q.half_width(v) for v in values])
-    assert abs(held - 0.95) < 0.015
-
-
-def test_self_chat_counts_what_teacher_forcing_does_and_agrees_with_it_in_the_first_turn():
-    size = q.QUICK | {"dialogues": 30, "steps": 200, "chats": 30, "longest": 60}
-    s = q.settings(q.Run("dialogues", "2 layers", "ism", 0), size, "cpu", "float32")
-    s = q.replace(s, n_embd=64, block_size=512, batch_size=1)  # so long that no dialogue is cut
-    tokenizer, test = q.Tokenizer(), q.Split(q.data(s), "test")
-    model, _ = q.fit(s, test, tokenizer.vocab_size)  # learns most of these few dialogues by heart
-    _, answers = q.evaluate(model, test, q.MASKS["ism"], s, torch.device("cpu"), torch.float32)
-    n, taught, own = zip(*q.self_chat(model, tokenizer, test, answers, s, size))
-    for turn, counts in enumerate(zip(n, taught)):
-        right = answers[answers[:, 1] == 2 * turn + 2, 2]
-        assert counts == (len(right), right.sum())
-    assert taught[0] == own[0] > 5 and sum(n) / 2 < sum(own) <= sum(n) == len(answers)
-
-
-@pytest.mark.parametrize("flags, line", [
-    (("--quick", "--json", "/dev/null/file"), "quality.py: cannot write /dev/null/file"), (("--json", "no/such.json"), "quality.py: [Errno"),
-    (("--json", __file__), f"quality.py: {__file__} holds no figures"),
-    (("--quick", "--seeds", "0"), "quality.py: expected"), (("--quik",), "quality.py: unrecognized"),
-    (("--quick", "--device", "none"), "quality.py: --device none is not")])
-def test_errors_are_one_line(flags, line):
-    done = demo(*flags)
-    assert done.returncode == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
-
-
-def test_figures_of_another_size_are_not_mixed(run):
-    done = demo("--full", "--json", str(run[0]))
-    assert done.returncode == 1 and "another size" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_help_and_plan(tmp_path):
-    text = demo("--help").stdout
-    assert all(flag in text for flag in ("--quick", "--full", "--json", "--out", "--jobs", "--device"))
-    planned = demo("--plan", "--json", str(tmp_path / "none.json")).stdout.splitlines()
-    assert len(planned) == 1 + len(q.plan(q.FULL)) == 1 + len(set(q.plan(q.FULL)))
+def test_the_committed_figures_are_of_whole_runs():
+    """What the README tells: three seeds at least of ISM and causal, with the default settings."""
+    figures = json.loads((ROOT / "demos" / "quality.json").read_text(encoding="utf-8"))
+    for row in ("ism", "causal"):
+        seeds = [record["seed"] for record in figures["runs"] if record["row"] == row]
+        assert len(set(seeds)) >= 3 and set(ROWS) >= {record["row"] for record in figures["runs"]}

@@ -9,18 +9,20 @@ import torch
 from test_chat import run
 from test_data import chat
 
+from data import checkpoint
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.dialogues import CITIES, NAMES
+from data.machine import pick_dtype
 from mask import MASKS
 from model import GPT, GPTConfig
-from train import Settings, equalize, learning_rate, make_optimizer, pick_dtype, train
+from train import Settings, equalize, make_optimizer, rate_at, train
 
 TINY = dict(n_dialogues=300, n_layer=2, n_head=2, n_embd=32, batch_size=2, block_size=256, eval_interval=10, dtype="float32", device="cpu")
 
 
 def test_learning_rate():
     s = Settings(max_iters=100, warmup_iters=10, decay=0.4, learning_rate=1.0)
-    rates = [learning_rate(step, s) for step in range(100)]
+    rates = [rate_at(step, s) for step in range(100)]
     assert rates[0] < 0.1 and rates[10:60] == [1.0] * 50 and 0 < rates[-1] < 0.05
     assert all(a >= b for a, b in zip(rates[60:], rates[61:]))
 
@@ -75,8 +77,7 @@ def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
     class Stopped(Exception):
         pass
 
-    import train as module
-    saved, original = [], module.save_checkpoint
+    saved, original = [], checkpoint.save_checkpoint
 
     def save_then_stop(path, **state):
         original(path, **state)
@@ -84,12 +85,12 @@ def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
         if state["step"] == 20:
             raise Stopped
 
-    module.save_checkpoint = save_then_stop
+    checkpoint.save_checkpoint = save_then_stop
     try:
         with pytest.raises(Stopped):
             train(Settings(**s, out_dir=str(tmp_path / "parts")))
     finally:
-        module.save_checkpoint = original
+        checkpoint.save_checkpoint = original
     resumed = train(Settings(**s, out_dir=str(tmp_path / "parts"), resume=True))
     assert saved == [10, 20] and resumed["loss"] == whole["loss"]
     a, b = (load_checkpoint(tmp_path / part / "ckpt.pt")["model"] for part in ("whole", "parts"))
