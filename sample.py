@@ -15,7 +15,7 @@ import time
 import torch
 
 from mask import reusable
-from model import Cache, Replay
+from model import Cache, one_by_one
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -51,10 +51,10 @@ class Chat:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.generator = torch.Generator().manual_seed(seed)
         self.max_new_tokens = max_new_tokens
-        weight = model.embed.weight
+        weight = model.norm.weight
         self.device, self.size = weight.device, model.config.block_size
         self.cache = Cache(model.config, device=weight.device, dtype=weight.dtype)
-        self.replay = Replay(model, self.cache) if weight.is_cuda else None
+        self.read_one = one_by_one(model, self.cache)  # a faster way for one token, if there is one
         self.silent = torch.tensor(tokenizer.unsayable, device=self.device)
         self.stop = False  # set it from a signal handler or another thread to end the answer
         self.busy = threading.Lock()  # held while a turn is open
@@ -174,8 +174,8 @@ class Chat:
         start = self.cache.length
         end = start + len(tokens)
         f = self.f[:, start:end]  # (1, n)
-        if self.replay is not None and len(tokens) == 1 and f >= end:
-            return self.replay(tokens[0]).float()
+        if self.read_one is not None and len(tokens) == 1 and f >= end:
+            return self.read_one(tokens[0]).float()
         last = torch.tensor([len(tokens) - 1], device=self.device)
         given = torch.tensor([tokens], device=self.device)  # (1, n)
         return self.model(given, f, self.cache, last)[0].float()
@@ -226,7 +226,7 @@ from data.loader import well_formed
 from data.machine import one_line, printable
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw
-from model import GPT, GPTConfig, pack
+from model import GPT, PACKED, GPTConfig, pack
 
 
 def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settings):
@@ -234,24 +234,37 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
 
     mask: a name in MASKS; "" is the one that the file was trained with, for a folder ism.
     block_size: the context of a folder in tokens; 0 is its own, but at most 4,096, since the cache
-    is allocated at once. dtype: auto, float32, bfloat16, or on the CPU int8, which has weights in 8
-    bits and all else in bfloat16. ValueError if it cannot be loaded.
+    is allocated at once. dtype: of the weights, one of DTYPES. ValueError if it cannot be loaded.
     """
     device = machine.pick_device(device)
-    int8 = dtype == "int8"
-    if int8 and device.type != "cpu":
-        raise ValueError(f"--dtype int8 is for the CPU; {device.type} has float32 and bfloat16")
-    dtype = torch.bfloat16 if int8 else machine.pick_dtype(dtype, device)
+    if dtype in PACKED and dtype != "bfloat16" and device.type != "cpu":
+        raise ValueError(f"--dtype {dtype} is for the CPU; {device.type} has float32 and bfloat16")
     if pathlib.Path(path).is_dir():
         tokenizer = hf.load_tokenizer(path)
         block_size = block_size or min(4096, hf.read_config(path).block_size)
-        model, trained_under = hf.from_pretrained(path, block_size, dtype), "ism"
+        read_as = torch.float32 if dtype == "float32" else torch.bfloat16
+        model, trained_under = hf.from_pretrained(path, block_size, read_as), "ism"
     else:
         model, tokenizer, trained_under = load_trained(pathlib.Path(path))
     mask = mask or trained_under
     if mask not in MASKS:
         raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
-    return Chat(pack(model.to(device, dtype), int8), tokenizer, MASKS[mask], **settings)
+    return Chat(stored(model, device, dtype), tokenizer, MASKS[mask], **settings)
+
+
+DTYPES = "auto", "float32", *PACKED
+SMALL = 2_000_000  # parameters; a model of fewer is not bound by the bytes of its weights
+
+
+def stored(model, device, dtype):
+    """A model for chat on its device, its weights in a dtype of DTYPES."""
+    if device.type != "cpu":
+        return model.to(device, machine.pick_dtype(dtype, device))
+    if dtype == "auto":
+        dtype = "float32" if model.n_params() < SMALL else "bfloat16"
+    if dtype == "float32":
+        return model.float()
+    return pack(model, dtype, machine.pick_dtype("auto", device))
 
 
 def load_trained(path):
@@ -303,8 +316,8 @@ def read_history(path):
     return saved.get("messages") if isinstance(saved, dict) else saved
 
 
-MEMORY = ("--dtype bfloat16 needs half as much, a smaller --block_size less for the cache, "
-          "--device cpu uses the computer's own")
+MEMORY = ("--dtype bfloat16 needs half of what float32 needs, a smaller --block_size less for the "
+          "cache, --device cpu uses the computer's own")
 HELP = """/reset      forget the conversation
 /stats      tokens in the cache and the speed of the last turn
 /mask       draw what each token of the dialogue sees
@@ -389,9 +402,9 @@ def flags():
     flag("--seed", type=int, default=0, help="of the sampling (default: 0)")
     flag("--max_new_tokens", type=int, default=200, help="longest answer (default: 200)")
     flag("--device", default="auto", help="cpu, cuda, mps (default: auto)")
-    flag("--dtype", default="auto", choices=(*machine.DTYPES, "int8"),
-         help="of weights and cache; int8, on the CPU: weights in 8 bits, faster and a little less "
-              "exact (default: auto)")
+    flag("--dtype", default="auto", choices=DTYPES,
+         help="of the weights; int8 and int4, on the CPU, are faster and less exact; auto is "
+              "float32 for a small model, else bfloat16 (default: auto)")
     a = parser.parse_args()
     accepted = {
         "--temperature": ("from 0 on", 0 <= a.temperature < float("inf")),
