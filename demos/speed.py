@@ -1,46 +1,109 @@
 """
-What ISM costs beside causal, and how near training and chat are to what the machine can do.
+What ISM costs beside causal, and how near training and chat are to other programs.
 
-The paper's claim: the latency of causal, since a turn is encoded once and the KV cache survives. Everything is
-measured in turns (A, B, A, B, ...) in one run, and told as a ratio of medians with the quartiles of the single ratios,
-since a shared machine's speed changes within minutes.
+The paper's claim: the latency of causal, since a turn is encoded once and the KV cache survives.
+Everything is measured in turns (A, B, A, B, ...) in one run, and told as a ratio of medians with
+the quartiles of the single ratios, since a shared machine's speed changes within minutes.
 
-    python demos/speed.py            # under 3 minutes on 2 cores
-    python demos/speed.py --quick    # under 20 seconds, less exact
+    python demos/speed.py            under 3 minutes on 2 cores, without the peers
+    python demos/speed.py --quick    under a minute, less exact
+
+The peers are programs that do the same work. Each is measured only if it is asked for:
+
+    --transformers          its `generate` beside our chat, 1 minute
+    --nanogpt FOLDER        a checkout of github.com/karpathy/nanoGPT, 15 minutes on 2 cores
+    --llama2c FOLDER        a checkout of github.com/karpathy/llama2.c, for gcc, 1 minute
+    --real FOLDER           a real model, from demos/real.py; with --transformers 2 minutes
+    --llamacpp FOLDER       where `npm install node-llama-cpp` was run, beside --real, 1 minute
 """
-import json
-import pathlib
-import pickle
-import re
+import functools
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
-sys.path.insert(0, str(ROOT := pathlib.Path(__file__).parent.parent))
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
+from tqdm import tqdm
 
-from data.dialogues import generate  # noqa: E402
-from data.loader import Split, prepare  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
-from demos.output import check_writable, plt  # noqa: E402
-from mask import MASKS, causal, ism  # noqa: E402
-from model import GPT, Cache, Decoder, GPTConfig, attention, pack, visible  # noqa: E402
-from sample import Chat  # noqa: E402
-from train import Parser, Settings, learning_rate, make_optimizer, model_config, pick_device, pick_dtype, tune_cpu, update  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import hf, machine
+from data.checkpoint import write_json
+from data.loader import Split, prepare
+from data.machine import setting
+from data.tokenizer import Tokenizer
+from demos import peers
+from demos.output import check_writable, color, picture, plt
+from mask import MASKS, causal, ism
+from model import GPT, PACKED, Cache, GPTConfig, choose_attention, one_by_one
+from sample import Chat, stored
+from train import Settings, make_optimizer, train
 
 SHAPES = {  # of decoding: on a CPU a small model, on a GPU one of the 1B class
-    "cpu": dict(vocab_size=1280, block_size=512, n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_hidden=1024),
-    "cuda": dict(vocab_size=128256, block_size=2048, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192),
+    "cpu": {
+        "vocab_size": 1280, "block_size": 512, "n_layer": 6, "n_head": 6, "n_kv_head": 6,
+        "n_embd": 384, "n_hidden": 1024,
+    },
+    "cuda": {
+        "vocab_size": 128256, "block_size": 2048, "n_layer": 16, "n_head": 32, "n_kv_head": 8,
+        "n_embd": 2048, "n_hidden": 8192,
+    },
 }
+NANOGPT = (  # layers, heads, width, rows of 256 tokens, steps
+    (4, 4, 128, 32, 120),
+    (6, 6, 384, 16, 30),
+)
 PEAK = 989e12  # FLOP/s of an H100 in bfloat16 without sparsity, by its data sheet
 
 
+@dataclass
+class Speed:
+    """What is measured. Each field is a flag of the command line."""
+
+    device: str = setting("auto", "cpu, cuda")
+    dtype: str = setting("auto", "of the computation in training", machine.DTYPES)
+    quick: bool = setting(False, "fewer repeats")
+    transformers: bool = setting(False, "beside transformers (1 minute)")
+    nanogpt: str = setting("", "a checkout of nanoGPT to train beside (15 minutes)")
+    llama2c: str = setting("", "a checkout of llama2.c to decode beside (1 minute)")
+    real: str = setting("", "the folder of a real model to decode (2 minutes)")
+    llamacpp: str = setting("", "a folder with node-llama-cpp to decode --gguf with (1 minute)")
+    gguf: str = setting("", "the GGUF file of the real model, for --llamacpp")
+    json: str = setting("", "write the figures to this file")
+    out: str = setting(picture("speed"), "the picture")
+
+    def __post_init__(self):
+        needed = {  # flag: (a file that must be in the folder, what the folder is)
+            "nanogpt": ("config/train_shakespeare_char.py", "checkout of karpathy/nanoGPT"),
+            "llama2c": ("run.c", "checkout of karpathy/llama2.c"),
+            "real": ("config.json", "folder of demos/real.py"),
+            "llamacpp": ("node_modules/node-llama-cpp", "folder with node-llama-cpp"),
+        }
+        for flag, (file, what) in needed.items():
+            folder = getattr(self, flag)
+            if folder and not Path(folder, file).exists():
+                raise ValueError(f"--{flag} {folder} is no {what}")
+        if self.llama2c and not shutil.which("gcc"):
+            raise ValueError("--llama2c needs gcc, which is not installed")
+        if self.llamacpp and not (self.gguf and self.real and shutil.which("node")):
+            raise ValueError("--llamacpp needs node, --gguf FILE and --real FOLDER of one model")
+        self.device = machine.pick_device(self.device)
+        self.dtype = machine.pick_dtype(self.dtype, self.device)
+
+    def repeats(self, n):
+        return max(2, n // 6) if self.quick else n
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
 def in_turns(calls, repeats, device):
-    """Run each call `repeats` times, one after the other in turns -> {name: seconds of each run}, the first run not counted."""
+    """Run each call `repeats` times in turns -> {name: seconds of each}, the first not counted."""
     seconds = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -48,252 +111,295 @@ def in_turns(calls, repeats, device):
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if turn:
+            if turn > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def ratio(seconds, name, base):
-    """How many times as long as base: {"ratio": of the medians, "quartiles": of the single ratios, "seconds": the median}."""
+    """How many times as long as base: the ratio of medians, quartiles of the single ratios."""
     single = [a / b for a, b in zip(seconds[name], seconds[base])]
     quartiles = statistics.quantiles(single, n=4)[::2] if len(single) > 1 else single * 2
     median = statistics.median(seconds[name])
-    return {"ratio": median / statistics.median(seconds[base]), "quartiles": quartiles, "seconds": median}
+    return {
+        "ratio": median / statistics.median(seconds[base]), "quartiles": quartiles,
+        "seconds": median,
+    }
 
 
-def training(a, device, dtype):
-    """A step as large as the default run's, on the same dialogues of one family each under each mask; prefix on its copies of them, one a turn."""
-    s = Settings(n_dialogues=400 if a.quick else 4000)
+# --- training -----------------------------------------------------------------------------------
+
+
+class Some(Split):
+    """The first n dialogues of a split."""
+
+    def __init__(self, split, n):
+        self.offsets = np.array(split.offsets[: n + 1])
+        self.tokens = np.array(split.tokens[: self.offsets[-1]])
+        self.segments = np.array(split.segments[: self.offsets[-1]])
+        self.families, self.family_names = split.families[:n], split.family_names
+
+
+def training(a):
+    """A pass of training over the same dialogues under each mask; for prefix a copy a turn."""
+    s = Settings(n_dialogues=400, device=str(a.device), dtype=str(a.dtype)[6:])
     tokenizer = Tokenizer(s.tokenizer)
-    start = time.perf_counter()
-    dialogues = list(generate("train", s.n_dialogues))
-    generated = time.perf_counter() - start
-    characters = sum(len(m["content"]) for d in dialogues for m in d["messages"])
-    with tempfile.TemporaryDirectory() as folder:  # our own dialogues as a user's file, written anew: its key is not in the cache
-        path = pathlib.Path(folder, "chats.jsonl")
-        path.write_text("\n".join(json.dumps(d | {"at": time.time()}) for d in dialogues), encoding="utf-8")
-        start = time.perf_counter()
-        shutil.rmtree(prepare(tokenizer, s.block_size, str(path), s.n_dialogues, s.seed))
-        seconds = time.perf_counter() - start
-    prepared = {"MB/s of a JSONL file": characters / seconds / 1e6, "MB/s of synthetic dialogues, written": characters / generated / 1e6}
-    split = Split(prepare(tokenizer, s.block_size, "", s.n_dialogues, s.seed), "train")
-    batch = split.batches(split.rows(ism), s.batch_size * s.block_size, seed=0)[0]
-    copies = split.rows(MASKS["prefix"])
-    copies = copies[torch.isin(torch.from_numpy(copies[:, 0]), torch.from_numpy(batch[:, 0])).numpy()]
-    calls = {}
-    for name, rows in (("causal", batch), ("ism", batch), ("prefix", copies)):
-        torch.manual_seed(0)
-        model = GPT(model_config(s, tokenizer.vocab_size)).to(device)
-        optimizer = make_optimizer(model, s)
-        calls[name] = lambda m=model, o=optimizer, r=rows, n=name: update(m, o, split, r, MASKS[n], 1e-3, s, device, dtype)
-    seconds = in_turns(calls, 6 if a.quick else 60, device)
-    tokens = int((batch[:, 2] - batch[:, 1]).sum())
-    return {name: {**ratio(seconds, name, "causal"), "tokens/s": tokens / statistics.median(seconds[name])} for name in calls}, prepared
+    some = Some(Split(prepare(tokenizer, s.block_size, "", s.n_dialogues), "train"), 120)
+    splits = {"train": some, "test": Some(some, 1)}
+    seconds = {name: [] for name in ("causal", "ism", "prefix")}
+    for turn in range(a.repeats(12) + 1):
+        for name, found in seconds.items():
+            n_tokens = s.batch_size * s.block_size
+            steps = len(some.batches(some.rows(MASKS[name]), n_tokens, (0, 0)))
+            ends = []
+
+            def watch(run, _, ends=ends):
+                ends.append(time.time() - run.since)
+
+            train(Settings(**{**vars(s), "mask": name, "max_iters": steps}), None, splits, watch)
+            if turn > 0:
+                found.append(ends[-1])
+    tokens = int(some.offsets[-1])
+    return {
+        name: {**ratio(seconds, name, "causal"), "tokens/s": tokens / statistics.median(found)}
+        for name, found in seconds.items()
+    }
 
 
-def by_length(a, device, dtype):
-    """Forward and backward of attention alone, ISM over causal, with segments of some hundred tokens."""
-    lengths = (256, 1024) if device.type == "cpu" else (256, 1024, 4096, 8192)
+def by_length(a):
+    """Forward and backward of attention alone, ISM over causal, in segments of up to 200 tokens."""
+    lengths = (256, 1024) if a.device.type == "cpu" else (256, 1024, 4096, 8192)
     results = {}
     for T in lengths[: 1 if a.quick else None]:
         segments = (torch.arange(T) // min(200, T // 4) + 1)[None]
-        q, k, v = (torch.randn(1, 4, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-        seed = torch.randn_like(q)
-        calls = {mask.__name__: lambda m=visible(mask(segments), T, T, device): torch.autograd.grad(attention(q, k, v, m), (q, k, v), seed)
-                 for mask in (causal, ism)}
-        results[T] = ratio(in_turns(calls, 5 if a.quick else 20, device), "ism", "causal")
+        shape = 4, 1, 4, T, 64  # queries, keys, values, and the gradient of what comes out
+        *qkv, seed = torch.randn(shape, device=a.device, dtype=a.dtype).requires_grad_()
+
+        def both_ways(attend, qkv=qkv, seed=seed):
+            return torch.autograd.grad(attend(*qkv), qkv, seed)
+
+        calls = {}
+        for mask in (causal, ism):
+            attend = choose_attention(mask(segments), T, a.device)
+            calls[mask.__name__] = functools.partial(both_ways, attend)
+        results[T] = ratio(in_turns(calls, a.repeats(20), a.device), "ism", "causal")
     return results
 
 
-def first_tokens(a, device, dtype):
-    """Seconds to the first token at each turn of a chat whose queries and answers are all equally long."""
+class Pieces(Split):
+    """n random pieces of a text, each as if it were a dialogue."""
+
+    def __init__(self, tokens, n, length):
+        starts = np.random.default_rng(0).integers(len(tokens) - length, size=n)
+        self.tokens = np.concatenate([tokens[start : start + length] for start in starts])
+        self.segments = np.ones_like(self.tokens)
+        self.offsets = np.arange(n + 1) * length
+        self.families, self.family_names = np.zeros(n, dtype=np.int64), ["pieces"]
+
+
+def nanogpt(a):
+    """nanoGPT's train.py as its README has it on a CPU, and ours on the same tokens and shapes.
+
+    Causal, with a loss on all tokens. A loss is the mean of ten steps. Ours comes to nanoGPT's last
+    loss in fewer steps, so both ratios are told: of a step, and of the way there.
+    """
+    tokenizer, length = Tokenizer(), 256
+    tokens = Split(prepare(tokenizer, length, "", 12000), "train").tokens
+    found = {}
+    for layers, heads, width, rows, steps in NANOGPT:
+        theirs = peers.nanogpt(a.nanogpt, tokens, tokenizer.vocab_size,
+                               (layers, heads, width, rows, steps))
+        config = GPTConfig(tokenizer.vocab_size, length, layers, heads, heads, width,
+                           n_hidden=round(width / 3) * 8)
+        torch.manual_seed(0)
+        s = Settings(mask="causal", answers_only=False, max_iters=steps, warmup_iters=20,
+                     batch_size=rows, device=str(a.device), dtype=str(a.dtype)[6:])
+        pieces = Pieces(tokens[:-20000], rows * steps, length)
+        ours, ends = [], [time.perf_counter()]
+
+        def watch(_, loss, ours=ours, ends=ends):
+            ends.append(time.perf_counter())
+            ours.append((float(loss), ends[-1] - ends[-2]))
+
+        train(s, GPT(config), {"train": pieces, "test": Some(pieces, 1)}, watch)
+        found[f"{layers} layers, width {width}"] = beside(theirs, ours, rows * length)
+    return found
+
+
+def beside(theirs, ours, tokens):
+    """What two runs of (loss, seconds) have to do with each other."""
+    found, seconds, curves = {}, {}, {}
+    for name, steps in (("nanoGPT", theirs), ("ours", ours)):
+        seconds[name] = statistics.median(s for _, s in steps[5:])
+        losses = [loss for loss, _ in steps]
+        curves[name] = [statistics.mean(losses[i : i + 10]) for i in range(len(losses) - 9)]
+        found[f"{name}, tokens/s"] = tokens / seconds[name]
+        found[f"{name}, loss after {len(steps)} steps"] = curves[name][-1]
+    found["times as fast a step"] = seconds["nanoGPT"] / seconds["ours"]
+    reached = [10 + i for i, loss in enumerate(curves["ours"]) if loss <= curves["nanoGPT"][-1]]
+    if reached:
+        found["ours, steps to nanoGPT's last loss"] = reached[0]
+        way = len(theirs) * seconds["nanoGPT"] / (reached[0] * seconds["ours"])
+        found["times as fast to nanoGPT's last loss"] = way
+    return found
+
+
+# --- chat ---------------------------------------------------------------------------------------
+
+
+def first_tokens(a):
+    """Seconds to the first token at each turn of a chat, all queries and answers equally long."""
     turns, query = (4 if a.quick else 20), "My name is Anna and I live in Rome. " * 4
-    config = GPTConfig(vocab_size=Tokenizer().vocab_size, block_size=4096, n_layer=4, n_head=4, n_embd=256, n_hidden=512)
+    tokenizer = Tokenizer()
+    config = GPTConfig(tokenizer.vocab_size, 4096, n_layer=4, n_head=4, n_embd=256, n_hidden=512)
     torch.manual_seed(0)
-    model, tokenizer = pack(GPT(config).to(device, dtype)), Tokenizer()
-    ways = {"causal": "causal", "ism": "ism", "prefix": "prefix", "ism, no cache between turns": "ism"}
+    model = stored(GPT(config), a.device, "auto")
+    ways = {"causal": "causal", "ism": "ism", "prefix": "prefix", "ism, no cache": "ism"}
     seconds = {way: [[] for _ in range(turns)] for way in ways}
-    for _ in range(1 if a.quick else 3):
-        chats = {way: Chat(model, tokenizer, MASKS[mask], max_new_tokens=20) for way, mask in ways.items()}
-        for chat in chats.values():  # answers of 20 tokens
-            chat.silent = torch.cat([chat.silent, torch.tensor([tokenizer.end], device=device)])
+    for _ in range(a.repeats(4)):
+        chats = {
+            way: Chat(model, tokenizer, MASKS[name], max_new_tokens=20)
+            for way, name in ways.items()
+        }
+        for chat in chats.values():  # answers of 20 tokens: <|end|> is never said
+            chat.silent = torch.cat([chat.silent, chat.silent.new_tensor([tokenizer.end])])
         for turn in range(turns):
             for way, chat in chats.items():
-                if "no cache" in way:
+                if way == "ism, no cache":
                     chat.f = chat.f[:, :0]
                 chat.send(query)
-                seconds[way][turn].append(chat.stats["first token s"])
+                seconds[way][turn].append(chat.stats["prefill s"])
     return {way: [statistics.median(turn) for turn in found] for way, found in seconds.items()}
 
 
-def generator(config, device, dtype, prompt, n, int8=False):
-    """A call that writes n tokens, greedily, after a prompt; and how many parameters are read for each."""
-    with torch.device(device):
-        model = GPT(config).to(dtype).eval()
-    size = model.n_params()
-    pack(model, int8)
-    cache = Cache(config, device=device, dtype=dtype)
-    decoder = Decoder(model, cache) if Decoder.runs(cache) else None
+def writer(model, n):
+    """A call that writes n tokens after a prompt of 16, greedily, with a batch of one."""
+    device = model.norm.weight.device
+    prompt = torch.ones(1, 16, dtype=torch.long, device=device)
+    cache = Cache(model.config, device=device, dtype=model.norm.weight.dtype)
+    read_one = one_by_one(model, cache)
 
     @torch.inference_mode()
     def call():
         cache.length = 0
         token = int(model(prompt, None, cache)[0, -1].argmax())
         for _ in range(n - 1):
-            logits = decoder(token) if decoder else model(torch.tensor([[token]], device=device), None, cache)[0, 0]
-            token = int(logits.argmax())
+            token = int(read_one(token).argmax())
 
-    return call, size
+    return call
 
 
-def decoding(a, device, dtype):
-    """Tokens a second with a batch of one, beside two floors: the bytes that must be read, and calls that do next to nothing."""
-    n, shape = (8 if a.quick else 32), SHAPES["cuda" if device.type == "cuda" else "cpu"]
-    config, tiny = GPTConfig(**shape), GPTConfig(**{**shape, "n_embd": 8, "n_hidden": 8, "head_size": 8, "n_head": 1, "n_kv_head": 1, "vocab_size": 8})
-    prompt = torch.ones(1, 16, dtype=torch.long, device=device)
-    ours, size = generator(config, device, dtype, prompt, n)
-    source = torch.ones((1 << 26) if device.type == "cpu" else (1 << 30), dtype=torch.uint8, device=device)
+def decoding(a):
+    """Tokens a second with a batch of one; and a floor, the same calls with next to no numbers."""
+    n, shape = (8 if a.quick else 32), SHAPES[a.device.type]
+    config = GPTConfig(**shape)
+    tiny = GPTConfig(**{**shape, "n_embd": 8, "n_hidden": 8, "head_size": 8, "n_head": 1,
+                        "n_kv_head": 1, "vocab_size": 8})
+    kinds = ("float32", *PACKED) if a.device.type == "cpu" else ("bfloat16",)
+    calls = {kind: writer(stored(GPT(config), a.device, kind), n) for kind in kinds}
+    calls["overhead"] = writer(stored(GPT(tiny), a.device, kinds[0]), n)
+    source = torch.ones(1 << 26, dtype=torch.uint8, device=a.device)
     target = torch.empty_like(source)
-    calls = {"ours": ours, "overhead": generator(tiny, device, dtype, prompt, n)[0], "copy": lambda: target.copy_(source)}
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        calls["ours in int8"] = generator(config, device, dtype, prompt, n, int8=True)[0]
-    if theirs := hf_generate(config, device, dtype, prompt, n):
-        calls["transformers"] = theirs
-    seconds = in_turns(calls, 3 if a.quick else 15, device)
+    calls["copy"] = lambda: target.copy_(source)
+    if a.transformers:
+        calls["transformers"] = peers.generate(peers.llama(config), n)
+    seconds = in_turns(calls, a.repeats(12), a.device)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
-    cached = 2 * config.n_layer * config.n_kv_head * (16 + n // 2) * config.head_size  # numbers, in the middle of the answer
-    bandwidth = 2 * source.nbytes / middle["copy"]
-    found = {"bandwidth GB/s": bandwidth / 1e9, "limit by bytes, tokens/s": bandwidth / ((size + cached) * dtype.itemsize),
-             "limit by overhead, tokens/s": n / middle["overhead"], "tokens/s": {name: n / middle[name] for name in calls if name not in ("copy", "overhead")}}
-    if theirs:
-        found["times as fast as transformers"] = {name: ratio(seconds, "transformers", name) for name in calls if name.startswith("ours")}
+    bandwidth = 2 * source.nbytes / middle.pop("copy")
+    found = {"limit by calls, tokens/s": n / middle.pop("overhead"), "copy, GB/s": bandwidth / 1e9}
+    found["tokens/s"] = {name: n / median for name, median in middle.items()}
+    if a.transformers:
+        found["times as fast as transformers in float32"] = {
+            kind: ratio(seconds, "transformers", kind) for kind in kinds
+        }
     if a.llama2c:
-        found["llama2.c in float32, tokens/s"] = llama2c(a.llama2c, config, n)
+        found["tokens/s"]["llama2.c, float32"] = peers.llama2c(a.llama2c, config, n)
     return found
 
 
-def hf_generate(config, device, dtype, prompt, n):
-    """The same by transformers' generate with its cache, a LLaMA of the same shape; None where it is not installed."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        return print("transformers is not installed: left out")
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, tie_word_embeddings=True, eos_token_id=None,
-        pad_token_id=0, max_position_embeddings=config.block_size)).to(device, dtype).eval()
-    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+def real(a):
+    """Tokens a second of a real model in each kind of weights; beside transformers, llama.cpp."""
+    n, calls = (8 if a.quick else 32), {}
+    for kind in ("float32", *PACKED):
+        model = hf.from_pretrained(a.real, 512)
+        calls[kind] = writer(stored(model, a.device, kind), n)
+    if a.transformers:
+        from transformers import AutoModelForCausalLM
+
+        theirs = AutoModelForCausalLM.from_pretrained(a.real, dtype=torch.float32)
+        theirs.generation_config.eos_token_id = None
+        calls["transformers"] = peers.generate(theirs, n)
+    seconds = in_turns(calls, a.repeats(6), a.device)
+    found = {"tokens/s": {name: n / statistics.median(times) for name, times in seconds.items()}}
+    if a.transformers:
+        found["times as fast as transformers in float32"] = {
+            kind: ratio(seconds, "transformers", kind) for kind in ("float32", *PACKED)
+        }
+    if a.llamacpp:
+        found["tokens/s"]["llama.cpp, the GGUF file"] = peers.llamacpp(a.llamacpp, a.gguf, n)
+    return found
 
 
-def llama2c(checkout, config, n):
-    """Tokens a second of llama2.c, compiled as its Makefile's runomp does, on as many threads as torch has: the median of 5 runs.
+# --- start, and a large model on CUDA -----------------------------------------------------------
 
-    Its weights are zeros, for which it takes the same time and never writes the token that would end the text.
-    """
-    C, kv = config.n_embd, config.n_kv_head * config.head_size
-    layer = 2 * C + 2 * C * C + 2 * C * kv + 3 * C * config.n_hidden
-    numbers = (config.vocab_size + 1) * C + config.n_layer * layer + config.block_size * config.head_size  # with its tables of rotations
+
+def start_up(a):
+    """Seconds from `python sample.py` to its prompt, beyond `import torch`: the least of 3."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["gcc", "-Ofast", "-fopenmp", "-march=native", f"{checkout}/run.c", "-lm", "-o", f"{folder}/run"], check=True)
-        header = C, config.n_hidden, config.n_layer, config.n_head, config.n_kv_head, config.vocab_size, config.block_size
-        pathlib.Path(folder, "model.bin").write_bytes(np.array(header, dtype=np.int32).tobytes() + bytes(4 * numbers))
-        word = np.float32(0).tobytes() + np.int32(1).tobytes() + b"a"  # a token's score, length and text
-        pathlib.Path(folder, "tokens.bin").write_bytes(np.int32(1).tobytes() + config.vocab_size * word)
-        run = [f"{folder}/run", f"{folder}/model.bin", "-z", f"{folder}/tokens.bin", "-t", "0", "-n", str(16 + n)]
-        said = [subprocess.run(run, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": str(torch.get_num_threads())}).stderr
-                for _ in range(5)]
-    return statistics.median(float(re.search(r"tok/s: ([\d.]+)", line)[1]) for line in said)
+        quick = ["train.py", "--max_iters", "1", "--n_dialogues", "200", "--out_dir", folder]
+        peers.run([sys.executable, *quick], cwd=ROOT)
+
+        def least(*code):
+            times = []
+            for _ in range(2 if a.quick else 3):
+                start = time.perf_counter()
+                peers.run([sys.executable, *code], cwd=ROOT, stdin=subprocess.DEVNULL)
+                times.append(time.perf_counter() - start)
+            return min(times)
+
+        chat = least("sample.py", "--ckpt", f"{folder}/ckpt.pt")
+        return {"sample.py to its prompt, s": chat - least("-c", "import torch")}
 
 
-def mfu(a, device, dtype):
-    """A compiled training step of a 124M model, 16 rows of 1,024 tokens, on CUDA: model FLOPs utilisation and ISM over causal.
+def large(a):
+    """A compiled training step of a 124M model on CUDA: model FLOPs utilisation, ISM over causal.
 
-    FLOPs a token: 6 per parameter, and 6 * n_layer * n_embd * T for the attended half of the T x T scores.
+    FLOPs a token: 6 a parameter, and 6 * n_layer * n_embd * T for the attended half of the scores.
     """
-    config, B = GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_hidden=2048), 16
-    T, tokens = config.block_size, torch.randint(0, config.vocab_size, (B, config.block_size), device=device)
+    B, T = 16, 1024
+    config = GPTConfig(vocab_size=50304, block_size=T, n_layer=12, n_head=12, n_kv_head=12,
+                       n_embd=768, n_hidden=2048)
+    tokens = torch.randint(0, config.vocab_size, (B, T), device=a.device)
     segments = (torch.arange(T) // 75 + 1)[None].expand(B, T)
-    with torch.device(device):
+    with torch.device(a.device):
         model = GPT(config)
     optimizer = make_optimizer(model, Settings(muon=False))
-    loss_of = torch.compile(lambda logits: torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()))
+
+    @torch.compile
+    def loss_of(logits):
+        logits = logits.float().flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, tokens.flatten())
+
     model.layers = torch.compile(model.layers)
 
     def step(f):
-        with torch.autocast(device.type, dtype):
+        with machine.autocast(a.device, a.dtype):
             logits = model(tokens, f)
         loss_of(logits).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    calls = {mask.__name__: lambda f=mask(segments): step(f) for mask in (causal, ism)}
-    seconds = in_turns(calls, 5 if a.quick else 20, device)
+    calls = {mask.__name__: functools.partial(step, mask(segments)) for mask in (causal, ism)}
+    seconds = in_turns(calls, a.repeats(20), a.device)
     flops = B * T * (6 * model.n_params() + 6 * config.n_layer * config.n_embd * T)
-    return {name: {**ratio(seconds, name, "causal"), "MFU": flops / statistics.median(seconds[name]) / PEAK,
-                   "peak GB": torch.cuda.max_memory_allocated() / 1e9} for name in calls}
-
-
-def nanogpt(a, dtype):
-    """nanoGPT's train.py, as its README has it run on a CPU, and our model on the same tokens, shape and batch, causal with all losses.
-
-    The loss is the mean of ten steps. Ours reaches nanoGPT's last one in fewer steps, so both ratios are told: a step's, and that of the way there.
-    """
-    tokenizer, block, found = Tokenizer(), 256, {}
-    split = Split(prepare(tokenizer, block, "", 12000), "train")
-    end = len(split.tokens) - 20000  # what follows is for nanoGPT's validation
-    with tempfile.TemporaryDirectory() as folder:
-        for name, part in (("train", split.tokens[:end]), ("val", split.tokens[end:])):
-            part.astype(np.uint16).tofile(f"{folder}/{name}.bin")
-        pathlib.Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
-        for layers, heads, width, batch, steps in ((4, 4, 128, 32, 120), (6, 6, 384, 16, 30)):
-            shape = f"--n_layer={layers} --n_head={heads} --n_embd={width} --batch_size={batch} --block_size={block} --max_iters={steps} --lr_decay_iters={steps}"
-            printed = subprocess.run([sys.executable, "train.py", "config/train_shakespeare_char.py", *shape.split(), "--device=cpu", "--compile=False",
-                                      "--eval_iters=1", "--log_interval=1", "--dropout=0.0", "--warmup_iters=20", f"--dataset={folder}",
-                                      f"--out_dir={folder}"], cwd=a.nanogpt, capture_output=True, text=True, check=True).stdout
-            theirs = [(float(loss), float(ms) / 1000) for loss, ms in re.findall(r"iter \d+: loss ([\d.]+), time ([\d.]+)ms", printed)]
-            config = GPTConfig(tokenizer.vocab_size, block, layers, heads, heads, width, n_hidden=round(width / 3) * 8)
-            ours = plain_training(config, split, end, batch, steps, dtype)
-            loss = {name: [statistics.mean(x for x, _ in run[i : i + 10]) for i in range(steps - 9)]
-                    for name, run in (("nanoGPT", theirs[:steps]), ("ours", ours))}
-            seconds = {name: statistics.median(s for _, s in run[5:]) for name, run in (("nanoGPT", theirs), ("ours", ours))}
-            there = next((10 + i for i, x in enumerate(loss["ours"]) if x <= loss["nanoGPT"][-1]), None)
-            found[f"{layers} layers, width {width}"] = {
-                **{f"{name}, tokens/s": batch * block / s for name, s in seconds.items()}, "times as fast a step": seconds["nanoGPT"] / seconds["ours"],
-                **{f"{name}, loss after {steps} steps": curve[-1] for name, curve in loss.items()}, "ours, steps to nanoGPT's last loss": there,
-                "times as fast to nanoGPT's last loss": there and steps * seconds["nanoGPT"] / (there * seconds["ours"])}
+    found = {"peak GB": torch.cuda.max_memory_allocated() / 1e9}
+    for name in calls:
+        use = flops / statistics.median(seconds[name]) / PEAK
+        found[name] = {**ratio(seconds, name, "causal"), "MFU": use}
     return found
 
 
-def plain_training(config, split, end, batch, steps, dtype):
-    """Random pieces of a split's first `end` tokens, causal, with all losses -> (loss, seconds) of each step."""
-    torch.manual_seed(0)
-    rng, model = np.random.default_rng(0), GPT(config)
-    s = Settings(mask="causal", answers_only=False, max_iters=steps, warmup_iters=20)
-    optimizer, run = make_optimizer(model, s), []
-    for step in range(steps):
-        start = time.perf_counter()
-        first = rng.integers(end - config.block_size, size=batch)
-        rows = np.stack([first * 0, first, first + config.block_size], 1)  # pieces of block_size tokens, as rows of dialogues
-        loss = update(model, optimizer, split, rows, causal, learning_rate(step, s), s, torch.device("cpu"), dtype)
-        run.append((loss.item(), time.perf_counter() - start))
-    return run
-
-
-def start_up():
-    """Seconds from `python sample.py` to its prompt, beyond `import torch`: the least of three runs each."""
-    with tempfile.TemporaryDirectory() as folder:
-        python = lambda *code, **kw: subprocess.run([sys.executable, *code], cwd=ROOT, capture_output=True, check=True, **kw)
-        python("train.py", "--max_iters", "2", "--n_dialogues", "200", "--out_dir", folder)
-
-        def least(*code):
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                python(*code, stdin=subprocess.DEVNULL)
-                times.append(time.perf_counter() - start)
-            return min(times)
-
-        return least("sample.py", "--ckpt", f"{folder}/ckpt.pt") - least("-c", "import torch")
+# --- what was seen ------------------------------------------------------------------------------
 
 
 def flat(found, path=""):
@@ -302,67 +408,70 @@ def flat(found, path=""):
         here = f"{path}, {name}" if path else str(name)
         if isinstance(value, dict) and "ratio" in value:
             low, high = value["quartiles"]
-            rest = {k: v for k, v in value.items() if k not in ("ratio", "quartiles")}
-            yield here, f"{value['ratio']:.2f} ({low:.2f} to {high:.2f})   " + ", ".join(f"{k} {v:,.4g}" for k, v in rest.items())
+            rest = [f"{k} {v:,.4g}" for k, v in value.items() if k not in ("ratio", "quartiles")]
+            yield here, f"{value['ratio']:.2f} ({low:.2f} to {high:.2f})   {', '.join(rest)}"
         elif isinstance(value, dict):
             yield from flat(value, here)
         elif isinstance(value, list):
             yield here, " ".join(f"{1000 * x:.1f}" for x in value) + " ms"
+        elif isinstance(value, float):
+            yield here, f"{value:,.4g}"
         else:
-            yield here, f"{value:,.4g}" if isinstance(value, float) else str(value)
+            yield here, str(value)
 
 
 def draw(turns, path):
+    """Time to the first token against the turn of a chat."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (way, seconds), style in zip(turns.items(), ("o-", "s--", "^-", "v:")):
-        axes.plot(range(1, len(seconds) + 1), [1000 * x for x in seconds], style, label=way)
+        places = range(1, len(seconds) + 1)
+        milliseconds = [1000 * x for x in seconds]
+        axes.plot(places, milliseconds, style, label=way, color=color(way.split(",")[0]))
     axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    axes.set(xlabel="turn of the chat", ylabel="time to the first token in ms", ylim=(0, None), title="A query of the same length at each turn")
+    axes.set(xlabel="turn of the chat", ylabel="time to the first token in ms", ylim=(0, None),
+             title="A query of the same length at each turn")
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
+def measure(a):
+    """All that was asked for, with a bar that names what goes on."""
+    parts = {
+        "a training pass, times causal's": training,
+        "attention, ISM over causal at T": by_length,
+        "first token by turn": first_tokens,
+        "decoding": decoding,
+        "start": start_up,
+    }
+    if a.device.type == "cuda":
+        parts["124M training step"] = large
+    if a.real:
+        parts["the real model"] = real
+    if a.nanogpt:
+        parts["training beside nanoGPT"] = nanogpt
+    figures = {"machine": machine.describe(), "dtype of training": str(a.dtype)[6:]}
+    bar = tqdm(parts.items(), unit="part")
+    for name, part in bar:
+        bar.set_description(name)
+        figures[name] = part(a)
+    turns = figures["first token by turn"]
+    figures["first token, last turn over the second"] = {
+        way: times[-1] / times[1] for way, times in turns.items()
+    }
+    return figures
+
+
 def main():
-    parser = Parser(description=__doc__.strip().splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--device", default="auto", help="cpu, cuda (auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation (auto)")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, under 20 seconds")
-    parser.add_argument("--nanogpt", default="", metavar="FOLDER", help="a checkout of nanoGPT to train beside (minutes, on the CPU)")
-    parser.add_argument("--llama2c", default="", metavar="FOLDER", help="a checkout of llama2.c to decode beside (gcc compiles it)")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the figures there")
-    parser.add_argument("--out", default=str(ROOT / "out" / "speed.png"), metavar="FILE", help="the picture (out/speed.png)")
-    a = parser.parse_args()
-    try:
-        if a.nanogpt and not pathlib.Path(a.nanogpt, "config", "train_shakespeare_char.py").is_file():
-            raise ValueError(f"--nanogpt {a.nanogpt} is no checkout of github.com/karpathy/nanoGPT")
-        if a.llama2c and not (shutil.which("gcc") and pathlib.Path(a.llama2c, "run.c").is_file()):
-            raise ValueError(f"--llama2c {a.llama2c} is no checkout of github.com/karpathy/llama2.c, or gcc is not installed")
-        device = pick_device(a.device)
+    with machine.errors_in_one_line("--quick needs less"):
+        a = machine.parse(Speed, "What ISM costs beside causal, and speed beside other programs.")
         check_writable(a.out, json=a.json)
-        tune_cpu()
-        dtype = pick_dtype(a.dtype, device)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        figures = {"device": name, "dtype": str(dtype)[6:], "torch": torch.__version__}
-        figures["a training step, times causal's"], figures["data"] = training(a, device, dtype)
-        figures["attention, ISM over causal at T"] = by_length(a, device, dtype)
-        turns = first_tokens(a, device, dtype)
-        figures["first token by turn"] = turns
-        last = {way: times[-1] for way, times in turns.items()}
-        figures["first token, last turn over the second"] = {way: times[-1] / times[1] for way, times in turns.items()}
-        figures["first token, history read again over ISM"] = last["ism, no cache between turns"] / last["ism"]
-        figures["decoding"] = decoding(a, device, dtype)
-        if device.type == "cuda":
-            figures["124M training step"] = mfu(a, device, dtype)
-        if a.nanogpt:
-            figures["training beside nanoGPT"] = nanogpt(a, dtype)
-        if not a.quick:
-            figures["start-up of sample.py beyond import torch, s"] = start_up()
+        machine.tune_cpu()
+        figures = measure(a)
         print("\n".join(f"{name:60} {text}" for name, text in flat(figures)))
-        draw(turns, a.out)
+        draw(figures["first token by turn"], a.out)
         if a.json:
-            pathlib.Path(a.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"speed.py: {error}")
+            write_json(a.json, figures)
+    print(f"The picture: {a.out}")
 
 
 if __name__ == "__main__":
