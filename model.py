@@ -11,7 +11,6 @@ Notable features:
 The letters in the shapes: B dialogues, n new tokens, S tokens in all, C = n_embd, H heads (Hkv of
 keys and values) of D numbers each, V tokens in the vocabulary.
 """
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -325,6 +324,9 @@ class GPT(nn.Module):
 
 
 # ==== below this line: what makes it faster or safer, and changes no result ====
+import functools
+import importlib.util
+
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -370,9 +372,12 @@ def fastest_attention(f, S, device, plain=choose_attention):
         return sdpa
     if n == S and (f == torch.arange(1, n + 1)).all():
         return functools.partial(sdpa, causal=True)
+    if device.type == "mps":
+        # Its fused kernels have had silent faults in just these shapes.
+        return plain(f, S, device)
     f = f.to(device, non_blocking=True)
-    if device.type == "cuda" and S >= FLEX_FROM:
-        return functools.partial(attend_by_blocks, mask=block_mask(f, S))
+    if device.type == "cuda" and S >= FLEX_FROM and has_triton():
+        return functools.partial(attend_by_blocks, f=f, mask=block_mask(f, S))
     seen = torch.arange(S, device=device) < f[:, :, None]  # (B, n, S)
     return functools.partial(sdpa, seen=seen[:, None])
 
@@ -469,9 +474,21 @@ def block_mask(f, S, size=128):
     )
 
 
-def attend_by_blocks(q, k, v, mask):
+def attend_by_blocks(q, k, v, f, mask):
+    if q.shape[-1] < 16:  # FlexAttention has no kernel for such heads
+        seen = torch.arange(k.shape[2], device=f.device) < f[:, :, None]  # (B, n, S)
+        return sdpa(q, k, v, seen[:, None])
     grouped = q.shape[1] > k.shape[1]
     return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+
+
+@functools.cache
+def has_triton():
+    """Whether kernels can be compiled for CUDA; if not, on Windows for one, it is told once."""
+    there = importlib.util.find_spec("triton") is not None
+    if not there:
+        print("no Triton here: long masks go to SDPA, which is slower and needs more memory")
+    return there
 
 
 @functools.cache

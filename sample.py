@@ -103,7 +103,7 @@ class Chat:
     def open(self, text):
         """Open a turn: the query is read into the cache -> the logits (V,) of the first token."""
         message = {"role": "user", "content": text}
-        query = self.encode_query(message)
+        query = query_tokens(self, message)
         if not self.busy.acquire(blocking=False):
             raise ValueError("this chat is writing an answer; read that to its end, or close it")
         self.stop = False
@@ -123,7 +123,7 @@ class Chat:
         """Bring the cache up to the dialogue, in one call -> the logits (V,) of the next token."""
         tokens, segments = self.layout()
         if len(tokens) + 2 > self.size:
-            tokens, segments = self.forget()
+            tokens, segments = forget_oldest(self)
         # f of the dialogue as it now stands, followed by an answer as long as the context allows.
         answer = segments[-1] + segments[-1] % 2
         to_come = [answer] * (self.size - len(tokens))
@@ -163,10 +163,12 @@ class Chat:
         # itself, so it is read alone. Read together with the next query, under no mask at all, it
         # would see that query, and every logit after it would be a little wrong.
         tokens, _ = self.layout()
-        for token in tokens[self.cache.length :]:
-            self.feed(token)
-        self.f = self.f[:, : self.cache.length]
-        self.busy.release()
+        try:
+            for token in tokens[self.cache.length :]:
+                self.feed(token)
+        finally:
+            self.f = self.f[:, : self.cache.length]
+            self.busy.release()
         return self.say(b"", final=True)
 
     def feed(self, *tokens):
@@ -186,34 +188,6 @@ class Chat:
         self.messages[-1]["content"] += piece
         return piece
 
-    def encode_query(self, message):
-        """The tokens of a query. ValueError if it does not fit into the context."""
-        # Its bytes are counted first, so that the tokenizer need not read a book.
-        n_bytes = len(message["content"].encode("utf-8", "replace"))
-        if n_bytes > self.size * self.tokenizer.longest:
-            raise ValueError(f"the query is too long for the context of {self.size} tokens")
-        query = self.tokenizer.encode_given([message])
-        # An answer is one token at least, and <|end|>.
-        if len(self.system) + len(query) + 2 > self.size:
-            n, system = len(query), len(self.system)
-            raise ValueError(f"the query has {n} tokens and the system prompt {system}: too long "
-                             f"for the context of {self.size}")
-        return query
-
-    def forget(self):
-        """Drop the oldest turns until half of the context is free, empty the cache -> layout."""
-        tokens, segments = self.layout()
-        dropped = 0
-        while len(self.turns) > 1 and len(tokens) > self.size // 2:
-            self.turns.pop(0)
-            dropped += 1
-            tokens, segments = self.layout()
-        self.cache.length = 0
-        self.f = self.f[:, :0]
-        full = f"the context of {self.size} tokens is full"
-        self.notify(f"[{full}: the oldest {dropped} turns are forgotten]")
-        return tokens, segments
-
 
 # ==== below this line: the files of a model and of a conversation, and the terminal ====
 import json
@@ -221,12 +195,42 @@ import pathlib
 import sys
 
 from data import hf, machine
+from data.chats import well_formed
 from data.checkpoint import load_checkpoint, write_json
-from data.loader import well_formed
 from data.machine import one_line, printable
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw
 from model import GPT, PACKED, GPTConfig, pack
+
+
+def query_tokens(chat, message):
+    """The tokens of a query. ValueError if it does not fit into the context."""
+    # Its bytes are counted first, so that the tokenizer need not read a book.
+    n_bytes = len(message["content"].encode("utf-8", "replace"))
+    if n_bytes > chat.size * chat.tokenizer.longest:
+        raise ValueError(f"the query is too long for the context of {chat.size} tokens")
+    query = chat.tokenizer.encode_given([message])
+    # An answer is one token at least, and <|end|>.
+    if len(chat.system) + len(query) + 2 > chat.size:
+        n, system = len(query), len(chat.system)
+        raise ValueError(f"the query has {n} tokens and the system prompt {system}: too long "
+                         f"for the context of {chat.size}")
+    return query
+
+
+def forget_oldest(chat):
+    """Drop the oldest turns until half of the context is free, empty the cache -> layout."""
+    tokens, segments = chat.layout()
+    dropped = 0
+    while len(chat.turns) > 1 and len(tokens) > chat.size // 2:
+        chat.turns.pop(0)
+        dropped += 1
+        tokens, segments = chat.layout()
+    chat.cache.length = 0
+    chat.f = chat.f[:, :0]
+    full = f"the context of {chat.size} tokens is full"
+    chat.notify(f"[{full}: the oldest {dropped} turns are forgotten]")
+    return tokens, segments
 
 
 def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settings):
@@ -434,16 +438,18 @@ def main():
 
 def talk(chat, prompts):
     """Answer the prompts, or what is typed until the end of the input."""
-    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show every character
+        sys.stdout.reconfigure(errors="replace")
     for prompt in prompts:
         print(f"> {prompt}")
         answer(chat, prompt)
-    if prompts:
+    if prompts or sys.stdin is None:
         return
     terminal = sys.stdin.isatty()
     if terminal:
         print("Ask something; /help lists the commands.")
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):  # a file may begin with a byte order mark
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     while True:
         try:
             line = input("> " if terminal else "").strip()

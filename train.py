@@ -19,8 +19,11 @@ from mask import MASKS, loss_positions
 class Settings:
     """What a run is made of. Each field is a flag of the command line."""
 
+    KEPT = ("mask",)  # what --resume must find as it was, beside the model and the tokenizer
+
     mask: str = setting("ism", "the attention mask", tuple(MASKS))
     data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
+    skip_bad: bool = setting(False, "go on without lines of the file that cannot be read")
     n_dialogues: int = setting(80000, "synthetic dialogues to train on")
     mixed: bool = setting(True, "synthetic dialogues may change their subject")
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
@@ -45,7 +48,7 @@ class Settings:
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
     learning_rate: float = setting(None, "peak (default: 0.01, with --init_from 2e-5)")
     warmup_iters: int = setting(50, "steps of linear warm-up")
-    decay: float = setting(0.4, "last fraction of the steps, in which the rate falls to 0")
+    decay: float = setting(0.4, "last fraction of the steps, in which the rate falls to 0; at most 1")
     muon: bool = setting(True, "Muon for the matrices in the blocks of a new model, else AdamW")
     weight_decay: float = setting(0.05, "of the matrices in the blocks")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any")
@@ -65,6 +68,10 @@ class Settings:
                 raise ValueError(f"--{f.name} must be at least {least}, not {value}")
             if f.type is float and not 0 <= value < float("inf"):
                 raise ValueError(f"--{f.name} must be a number from 0 on, not {value}")
+        if self.learning_rate == 0:
+            raise ValueError("--learning_rate must be above 0: with 0 nothing is learned")
+        if self.decay > 1:
+            raise ValueError(f"--decay must be at most 1, all of the steps, not {self.decay}")
 
 
 def train(s, model=None, splits=None, watch=None):
@@ -148,14 +155,13 @@ def evaluate(run, split):
 
 # ==== below this line: how a run starts and ends, its files, rates, processes, optimizer ====
 import pathlib
-import signal
+import shlex
 import time
 from dataclasses import asdict, field
 
 from tqdm import tqdm
 
-from data import checkpoint, hf, machine
-from data.loader import SPLITS, Split, prepare
+from data import checkpoint, hf, loader, machine
 from data.scores import by_kind, needs_new_word, report, summary
 from data.tokenizer import Tokenizer
 from mask import annealed, check
@@ -191,6 +197,8 @@ def begin(s, model=None, splits=None, watch=None):
     dtype = machine.pick_dtype(s.dtype, device)
     if WORLD > 1:
         dtype = machine.connect(device, dtype)
+    if s.init_from and pathlib.Path(s.init_from).resolve() == pathlib.Path(s.out_dir).resolve():
+        raise ValueError(f"--out_dir {s.out_dir} is the folder of --init_from; name another")
     out = None if splits else checkpoint.make_folder(s.out_dir)
     if out is not None and RANK == 0:
         checkpoint.hold(out)
@@ -205,8 +213,8 @@ def begin(s, model=None, splits=None, watch=None):
         config = model_config(s, tokenizer.vocab_size)
     state = None
     if s.resume:
-        state = checkpoint.load_state(out / "ckpt.pt", config, tokenizer.identity, s.mask)
-    splits = splits or read_splits(s, tokenizer)
+        state = checkpoint.load_state(out / "ckpt.pt", config, tokenizer.identity, s)
+    splits = splits or prepare(s, tokenizer)
     check_mask(s.mask, splits["train"])
     torch.manual_seed(s.seed)
     if model is None and s.init_from:
@@ -221,6 +229,7 @@ def begin(s, model=None, splits=None, watch=None):
     if s.checkpointing:
         recompute_blocks(model)
     if s.compile:
+        machine.check_compiler()
         for block in model.blocks:
             block.compile(dynamic=True)
     run = Run(s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began)
@@ -238,14 +247,16 @@ def model_config(s, vocab_size):
     )
 
 
-def read_splits(s, tokenizer):
+def prepare(s, tokenizer):
     """The data of the settings, prepared if need be: by the first process of a machine, for all."""
     if machine.LOCAL_RANK > 0:
         torch.distributed.barrier()
-    folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed, s.mixed)
+    folder = loader.prepare(
+        tokenizer, s.block_size, s.data, s.n_dialogues, s.seed, s.mixed, s.skip_bad,
+    )
     if WORLD > 1 and machine.LOCAL_RANK == 0:
         torch.distributed.barrier()
-    return {name: Split(folder, name) for name in SPLITS if (folder / f"{name}.json").exists()}
+    return loader.read_splits(folder)
 
 
 def check_mask(name, split):
@@ -485,7 +496,7 @@ def make_optimizer(model, s):
 
 
 def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    machine.end_as_interrupted()
     memory = ("lower --batch_size, --block_size, --n_layer or --n_embd, raise --grad_accum, or set "
               "--checkpointing")
     stopped = "stopped; if there is a checkpoint, the same flags and --resume go on from it"
@@ -494,7 +505,8 @@ def main():
         metrics = train(s)
     if RANK == 0:
         report(metrics)
-        where = "" if s.out_dir == "out" else f" --ckpt {s.out_dir}/ckpt.pt"
+        path = shlex.quote(f"{s.out_dir}/ckpt.pt")
+        where = "" if s.out_dir == "out" else f" --ckpt {path}"
         print(f"\nchat with it: python sample.py{where}")
 
 

@@ -195,12 +195,14 @@ def check_sizes(config):
             raise ValueError(f"{name} ({value}) must be from 1 to {most:,}")
 
 
-def load_state(path, config, identity, mask):
-    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is another one."""
+def load_state(path, config, identity, settings):
+    """The checkpoint to go on from. ValueError if its model, tokenizer, mask, ... is another one."""
     state = load_checkpoint(path)
     had = asdict(GPTConfig(**state["config"]))
-    had |= {"tokenizer": state["tokenizer"], "mask": state["settings"]["mask"]}
-    asked = {**asdict(config), "tokenizer": identity, "mask": mask}
+    had |= {"tokenizer": state["tokenizer"]}
+    had |= {name: state["settings"].get(name) for name in settings.KEPT}
+    asked = {**asdict(config), "tokenizer": identity}
+    asked |= {name: getattr(settings, name) for name in settings.KEPT}
     differ = [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]
     if differ:
         what = f"has another model config: {'; '.join(differ)}"

@@ -16,94 +16,26 @@ import torch
 from tqdm import tqdm
 
 from data import dialogues
-from data.tokenizer import ROLES
+from data.chats import read_chats
+from data.machine import is_running
 from mask import one_pass
 
 SPLITS = "train", "val", "test", "new_words"
-# Bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory.
-LONGEST_LINE = 1 << 24
-# ShareGPT's names of the roles; what a tool returns is given to the model, as what a user says is.
-ALIASES = {
-    "human": "user", "gpt": "assistant", "tool": "user", "function": "user", "observation": "user",
-    "function_call": "assistant",
-}
+SIZES = {"val": 1000, "test": 2000, "new_words": 1000}  # dialogues of the held-out splits, at most
 CACHE = pathlib.Path(__file__).parent / "cache"
 
 
-def well_formed(messages):
-    """True for a list of messages, each {"role": system, user or assistant, "content": str}."""
-    if not isinstance(messages, list) or not messages:
-        return False
-    return all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
-        for m in messages
-    )
-
-
-def read_chats(path):
-    """Yield the messages of each line of a JSONL file.
-
-    {"messages": [{"role", "content"}, ...]}, or ShareGPT's {"conversations": [{"from", "value"},
-    ...]}. ValueError names the file and the line that is not of this form.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-            if len(line) > LONGEST_LINE:
-                long = f"line {number} is longer than {LONGEST_LINE:,} bytes"
-                raise ValueError(f"{path}, {long}; put each dialogue on a line of its own")
-            if not line.strip():
-                continue
-            messages = read_line(line)
-            if not well_formed(messages):
-                start = line.strip()[:80].decode("utf-8", "replace")
-                message = '{"role": "system", "user" or "assistant", "content": "text"}'
-                form = f'{{"messages": [{message}, ...]}}'
-                raise ValueError(f"{path}, line {number}: expected {form}, got {start}")
-            yield messages
-
-
-def read_line(line):
-    """The messages of one line of bytes, not checked; None if it is no dialogue at all."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-        if "messages" in record:
-            said = [(m["role"], m["content"]) for m in record["messages"]]
-        else:
-            said = [(m["from"], m["value"]) for m in record["conversations"]]
-        return [{"role": ALIASES.get(role, role), "content": text} for role, text in said]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def sources(data, n_dialogues, seed, mixed):
-    """Split name -> (how many dialogues, an iterator over them)."""
-    if not data:
-        found = {}
-        for split, most in zip(SPLITS, (n_dialogues, 1000, 2000, 1000)):
-            n = min(most, n_dialogues)
-            found[split] = n, dialogues.generate(split, n, seed, mixed=mixed)
-        return found
-    # Each dialogue once, in an order that is not the file's.
-    different = {json.dumps(messages): messages for messages in read_chats(data)}
-    chats = [{"messages": messages, "family": "chats"} for messages in different.values()]
-    if len(chats) < 3:
-        few = f"has {len(chats)} different dialogues"
-        raise ValueError(f"{data} {few}; at least 3 are needed, to train, tune and test on")
-    chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())
-    n = max(1, min(1000, len(chats) // 20))
-    parts = {"val": chats[:n], "test": chats[n : 2 * n], "train": chats[2 * n :]}
-    return {split: (len(part), iter(part)) for split, part in parts.items()}
-
-
-def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
+def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, skip_bad=False):
     """Write the splits to data/cache, unless they are there already, and return their folder.
 
     data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues, mixed as
     data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
-    fits; those without one are left out. ValueError for a bad file.
+    fits; those without one are left out. ValueError for a bad file, or if too few are left.
     """
     made_from = tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed
     key = hashlib.sha256(repr(made_from).encode())
+    if data and pathlib.Path(data).is_fifo():
+        raise ValueError(f"--data {data} is a pipe, which cannot be read twice; write it to a file")
     with open(data or dialogues.__file__, "rb") as origin:
         for part in iter(lambda: origin.read(1 << 20), b""):
             key.update(part)
@@ -111,54 +43,119 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
     if folder.exists():
         return folder
     CACHE.mkdir(exist_ok=True)
+    clear_cache()
     # Renamed when whole, so that a broken run leaves no cache.
     partial = CACHE / f"{folder.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
+    encode = Encoder(tokenizer, block_size)
     try:
-        write_splits(partial, tokenizer, block_size, sources(data, n_dialogues, seed, mixed))
+        partial.mkdir()
+        if data:
+            splits = own_splits(data, encode, skip_bad)
+        else:
+            splits = synthetic_splits(encode, n_dialogues, seed, mixed)
+        for name, rows in splits:
+            write_split(partial, name, rows)
         partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
         if not folder.exists():  # it does if another run was faster
-            raise
+            reason = error.strerror or "is the disk full?"  # numpy does not say
+            raise ValueError(f"{partial} cannot be written ({reason})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    encode.tell()
     return folder
 
 
-def write_splits(folder, tokenizer, block_size, parts):
-    """Encode each split into a new folder, see `prepare`."""
-    folder.mkdir()
-    cut = dropped = 0
-    for split, (n, items) in parts.items():
-        tokens, segments, offsets, families = array("I"), array("H"), [0], []
-        for item in tqdm(items, total=n, desc=f"prepare {split}", unit=" dialogues", leave=False):
-            t, s = tokenizer.encode_dialogue(item["messages"])
-            end = last_answer(s, block_size)
-            if end == 0:
-                dropped += 1
-                continue
-            if len(t) > block_size:
-                cut += 1
-                t, s = t[:end], s[:end]
-            tokens.extend(t)
-            segments.extend(s)
-            offsets.append(len(tokens))
-            families.append(item["family"])
-        if split == "train" and not families:
-            raise ValueError("none of the dialogues to train on has an answer that fits into "
-                             f"{block_size} tokens; raise --block_size")
-        names = sorted(set(families))
-        arrays = {
-            "tokens": np.array(tokens, dtype=np.uint32),
-            "segments": np.array(segments, dtype=np.uint16),
-            "offsets": np.array(offsets, dtype=np.int64),
-            "families": np.array([names.index(f) for f in families], dtype=np.uint8),
-        }
-        for part, x in arrays.items():
-            np.save(folder / f"{split}.{part}.npy", x)
-        (folder / f"{split}.json").write_text(json.dumps(names), encoding="utf-8")
-    if cut or dropped:
-        print(f"{cut} dialogues were cut to {block_size} tokens at the end of an answer, "
-              f"{dropped} had no answer that fits and were left out")
+def clear_cache():
+    """Remove what a killed run has left half made."""
+    for partial in CACHE.glob("*.*"):
+        if not is_running(int(partial.suffix[1:])):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class Encoder:
+    """Messages -> (tokens, segments), cut to block_size; None if no answer fits. Counts both."""
+
+    def __init__(self, tokenizer, block_size):
+        self.tokenizer, self.block_size = tokenizer, block_size
+        self.cut = self.dropped = 0
+
+    def __call__(self, messages):
+        tokens, segments = self.tokenizer.encode_dialogue(messages)
+        end = last_answer(segments, self.block_size)
+        if end == 0:
+            self.dropped += 1
+            return None
+        if len(tokens) > self.block_size:
+            self.cut += 1
+            tokens, segments = tokens[:end], segments[:end]
+        return tokens, segments
+
+    def tell(self):
+        if self.cut or self.dropped:
+            print(f"{self.cut} dialogues were cut to {self.block_size} tokens at the end of an "
+                  f"answer, {self.dropped} had no answer that fits and were left out")
+
+
+def synthetic_splits(encode, n_dialogues, seed, mixed):
+    """Yield (split, rows), a row (tokens, segments, family). ValueError if a split is empty."""
+    for split in SPLITS:
+        n = min(SIZES.get(split, n_dialogues), n_dialogues)
+        found, rows = dialogues.generate(split, n, seed, mixed=mixed), []
+        for dialogue in tqdm(found, f"prepare {split}", n, unit=" dialogues", leave=False):
+            row = encode(dialogue["messages"])
+            if row is not None:
+                rows.append((*row, dialogue["family"]))
+        if not rows and split != "new_words":
+            raise ValueError(f"none of {n} dialogues for '{split}' has an answer that fits into "
+                             f"{encode.block_size} tokens; raise --block_size or --n_dialogues")
+        yield split, rows
+
+
+def own_splits(data, encode, skip_bad):
+    """[(split, rows)] of a file of chats, drawn from those that fit. ValueError if too few do."""
+    # Each dialogue once, in an order that is not the file's.
+    different = {json.dumps(messages): messages for messages in read_chats(data, skip_bad)}
+    chats = [{"messages": messages, "family": "chats"} for messages in different.values()]
+    chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())
+    rows = []
+    for chat in tqdm(chats, "prepare", unit=" dialogues", leave=False):
+        row = encode(chat["messages"])
+        if row is not None:
+            rows.append((*row, chat["family"]))
+    if len(rows) < 3:
+        few = f"has {len(rows)} different dialogues"
+        fit = f"with an answer that fits into {encode.block_size} tokens"
+        raise ValueError(f"{data} {few} {fit}; at least 3 are needed, to train, tune and test on")
+    n = max(1, min(1000, len(rows) // 20))
+    return [("val", rows[:n]), ("test", rows[n : 2 * n]), ("train", rows[2 * n :])]
+
+
+def write_split(folder, name, rows):
+    """Write rows (tokens, segments, family) as flat arrays."""
+    tokens, segments, offsets = array("I"), array("H"), [0]
+    for row_tokens, row_segments, _ in rows:
+        tokens.extend(row_tokens)
+        segments.extend(row_segments)
+        offsets.append(len(tokens))
+    families = sorted({family for _, _, family in rows})
+    places = {family: i for i, family in enumerate(families)}
+    arrays = {
+        "tokens": np.array(tokens, dtype=np.uint32),
+        "segments": np.array(segments, dtype=np.uint16),
+        "offsets": np.array(offsets, dtype=np.int64),
+        "families": np.array([places[family] for _, _, family in rows], dtype=np.uint8),
+    }
+    for part, x in arrays.items():
+        np.save(folder / f"{name}.{part}.npy", x)
+    (folder / f"{name}.json").write_text(json.dumps(families), encoding="utf-8")
+
+
+def read_splits(folder):
+    """{name: Split} of the splits in a folder that hold anything."""
+    splits = {name: Split(folder, name) for name in SPLITS if (folder / f"{name}.json").exists()}
+    return {name: split for name, split in splits.items() if len(split.families)}
 
 
 def last_answer(segments, block_size):

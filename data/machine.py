@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -75,6 +76,9 @@ def errors_in_one_line(memory, stopped="stopped"):
     name = os.path.basename(sys.argv[0])
     try:
         yield
+    except BrokenPipeError:  # nobody reads any more, as behind `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {one_line(error)}")
     except KeyboardInterrupt as error:
@@ -89,8 +93,22 @@ def errors_in_one_line(memory, stopped="stopped"):
         raise
 
 
+def ends():
+    """The signals that end a program: Ctrl-C, a polite kill, a closed terminal but for nohup."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, hangup]
+
+
+def end_as_interrupted():
+    """Let each of these signals raise KeyboardInterrupt, so that what is half made is removed."""
+    for number in ends():
+        signal.signal(number, signal.default_int_handler)
+
+
 def until_stopped(items):
-    """The items up to Ctrl-C or SIGTERM, so that no step is cut in two; a second acts as ever."""
+    """The items up to a signal that ends, so that no step is cut in two; a second acts as ever."""
     asked, before = [], {}
 
     def ask(number, _):
@@ -104,7 +122,7 @@ def until_stopped(items):
     try:
         # Elsewhere, as in a thread of a notebook, Python allows no handlers.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ends():
                 before[number] = signal.signal(number, ask)
         for item in items:
             if asked:
@@ -112,6 +130,18 @@ def until_stopped(items):
             yield item
     finally:
         restore()
+
+
+def is_running(pid):
+    """Whether there is a process of this number; on Windows, where to ask would end it, always."""
+    try:
+        if os.name == "posix":
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextlib.contextmanager
@@ -137,22 +167,27 @@ WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def pick_device(name):
-    """A torch device from its name; auto takes the fastest. ValueError if it is not there."""
-    there = ["cpu"]
+    """A torch device from its name, made the current one. ValueError if it is not there.
+
+    auto is CUDA or else the CPU: on MPS nobody has run this code.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = [*gpus, "cpu"]
     if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    if WORLD > 1 and name in ("auto", "cuda") and there[0] == "cuda":  # a GPU for each process
-        if LOCAL_RANK >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise ValueError(f"--nproc_per_node asks for more processes than the {count} GPUs here")
-        return torch.device("cuda", LOCAL_RANK)
-    if name == "auto":
-        return torch.device(there[0])
-    if name.split(":")[0] not in there:
+        there.append("mps")
+    if WORLD > 1 and name in ("auto", "cuda") and gpus:  # a GPU for each process
+        if LOCAL_RANK >= len(gpus):
+            many = f"more processes than there are GPUs ({len(gpus)})"
+            raise ValueError(f"--nproc_per_node asks for {many}")
+        name = gpus[LOCAL_RANK]
+    elif name in ("auto", "cuda"):
+        name = there[0] if name == "auto" or gpus else name
+    if name not in there:
         raise ValueError(f"--device {name} is not on this machine; there is {', '.join(there)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":  # graphs and compiled kernels go to the current one
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name, device):
@@ -194,6 +229,13 @@ def describe():
         name = f"{torch.cuda.get_device_name()}, {name}"
     kind = torch.backends.cpu.get_cpu_capability()
     return f"{name}, {torch.get_num_threads()} threads, {kind}, torch {torch.__version__}"
+
+
+def check_compiler():
+    """ValueError if torch.compile would find no C++ compiler."""
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    if not any(name and shutil.which(name) for name in names):
+        raise ValueError("--compile needs a C++ compiler (g++ or clang++), which is not installed")
 
 
 def autocast(device, dtype):

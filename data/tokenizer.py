@@ -89,7 +89,7 @@ class Tokenizer:
         """
         tokens, segments, given, segment, opening = [], [], [], 1, self.begin
         for message in messages:
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("given"):
                 given.append(message)
                 continue
             for part in (opening + self.encode_given(given), self.encode_answer(message["content"])):

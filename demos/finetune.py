@@ -12,6 +12,7 @@ so that the result is a checkpoint like any other. Queries, keys and values are 
 so are gate and up: they share an A.
 """
 import pathlib
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ LINEAR = ("qkv", "out", "up", "down")  # of each block
 
 @dataclass
 class Finetune(Settings):
+    KEPT = ("mask", "lora", "rank", "alpha", "layers")
+
     lora: bool = setting(True, "train LoRA's matrices alone; --no-lora trains all weights")
     rank: int = setting(16, "rank of LoRA")
     alpha: float = setting(32.0, "LoRA's product is multiplied by alpha / rank")
@@ -47,6 +50,8 @@ class Finetune(Settings):
         if not set(self.layers.split(",")) <= set(LINEAR):
             some = f"expected some of {','.join(LINEAR)}, with commas between"
             raise ValueError(f"--layers {self.layers}: {some}")
+        if self.alpha == 0:
+            raise ValueError("--alpha must be above 0: with 0 nothing is learned")
         if not self.init_from and not self.memory:
             raise ValueError("--init_from FOLDER is needed, a checkpoint as Hugging Face has it")
 
@@ -185,7 +190,7 @@ def main():
         metrics = finetune(s)
     if RANK == 0:
         report(metrics)
-        print(f"\nchat with it: python sample.py --ckpt {s.out_dir}")
+        print(f"\nchat with it: python sample.py --ckpt {shlex.quote(s.out_dir)}")
 
 
 if __name__ == "__main__":

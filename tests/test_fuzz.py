@@ -25,7 +25,7 @@ from test_chat import TOKENIZER, make_chat, run
 import data.tokenizer
 from data.checkpoint import load_checkpoint, load_state, restore, save_checkpoint
 from data.hf import SYMBOLS, from_pretrained, load_tokenizer
-from data.loader import read_chats
+from data.chats import read_chats
 from data.machine import one_line
 from data.tokenizer import RANKS, Tokenizer, load_named
 from model import GPT, GPTConfig
@@ -165,7 +165,7 @@ def resume(folder):
     path, config = folder / "ckpt.pt", GPTConfig(**tiny_state()["config"])
     model = GPT(config)
     optimizer = make_optimizer(model, Settings())
-    assert 0 <= restore(load_state(path, config, TOKENIZER.identity, "ism"), model, optimizer, Settings.max_iters, path) <= Settings.max_iters
+    assert 0 <= restore(load_state(path, config, TOKENIZER.identity, Settings()), model, optimizer, Settings.max_iters, path) <= Settings.max_iters
     one_step(model, optimizer)
 
 

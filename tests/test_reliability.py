@@ -257,7 +257,7 @@ def test_data_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(ValueError, match="cannot be written"):
             prepare(TOKENIZER, 256, n_dialogues=300)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

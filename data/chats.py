@@ -1,0 +1,170 @@
+"""
+Files of chats, one a line in JSON, in the forms that people have them:
+
+    {"messages": [{"role": "user", "content": "..."}, ...]}             OpenAI
+    {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT, AgentInstruct
+    {"instruction": "...", "input": "...", "output": "..."}             LLaMA-Factory, Alpaca
+
+Each key is used, refused by its name, or left out and counted, which is told at the end. Mixtures
+of the forms are read too. An answer of weight 0, or of loss false, is not learned: it is given to
+the model, as a query is.
+"""
+import collections
+import json
+
+ROLES = "system", "user", "assistant"
+# What a tool returns is given to the model, as what a user says is.
+ALIASES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "developer": "system", "tool": "user", "function": "user",
+    "observation": "user", "ipython": "user", "function_call": "assistant",
+}
+# Bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory.
+LONGEST_LINE = 1 << 24
+# What is not trained on, beside a text that is; told at the end.
+LEFT_OUT = {
+    "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tools",
+    "functions",
+}
+REFUSED = "images", "image", "videos", "video", "audios", "audio"  # without them a text lies
+FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
+
+
+def read_chats(path, skip_bad=False):
+    """Yield the messages of each line, {"role": system, user or assistant, "content": str} each.
+
+    ValueError names the line, the message and what is wrong with it; skip_bad: such lines are left
+    out and counted. Prints a line at the end if anything was left out.
+    """
+    left_out, skipped = collections.Counter(), []
+    for number, line in lines(path):
+        try:
+            messages = read_chat(line, left_out)
+        except ValueError as error:
+            skipped.append(f"line {number}{error}")
+            if not skip_bad:
+                how = "(--skip_bad goes on without such lines)"
+                raise ValueError(f"{path}, {skipped[0]} {how}") from None
+            continue
+        yield messages
+    if left_out:
+        counts = ", ".join(f"{n} times {name}" for name, n in sorted(left_out.items()))
+        print(f"left out of {path}, which is not trained on: {counts}")
+    if skipped:
+        bad = f"{len(skipped)} lines that cannot be read, the first {skipped[0]}"
+        print(f"left out of {path}: {bad}")
+
+
+def lines(path):
+    """(number, text) of the lines of a file that are not empty; text is bytes."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                long = f"line {number} is longer than {LONGEST_LINE:,} bytes"
+                raise ValueError(f"{path}, {long}; put each dialogue on a line of its own")
+            if line.strip():
+                yield number, line
+
+
+def read_chat(line, left_out):
+    """The messages of one line of bytes. ValueError, with words to stand behind "line 3"."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        start = line.strip()[:60].decode("utf-8", "replace")
+        raise ValueError(f" is not JSON: {start}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f": expected {FORM}, got a {type(record).__name__}")
+    for key in REFUSED:
+        if record.get(key):
+            raise ValueError(f": '{key}' is not supported, only text; expected {FORM}")
+    messages = [read_message(i, m, left_out) for i, m in enumerate(turns(record), 1)]
+    count(record, left_out)
+    if record.get("system"):
+        system = {"role": "system", "content": read_content(record["system"], ": 'system'")}
+        if messages[0] != system:  # some files say it in both places
+            messages.insert(0, system)
+    return messages
+
+
+def turns(record):
+    """The messages of a record as it has them. ValueError if it has none."""
+    for key in ("messages", "conversations", "conversation"):
+        if key in record:
+            if not isinstance(record[key], list) or not record[key]:
+                raise ValueError(f": '{key}' is no list of messages; expected {FORM}")
+            return record[key]
+    if "instruction" not in record or "output" not in record:
+        keys = ", ".join(sorted(record)) or "nothing"
+        raise ValueError(f": neither 'messages' nor 'conversations' among {keys}; expected {FORM}")
+    said = []
+    for pair in [*(record.get("history") or []), [record["instruction"], record["output"]]]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(": 'history' must be pairs of an instruction and an output")
+        said += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if record.get("input"):
+        said[-2]["content"] = f"{record['instruction']}\n{record['input']}"
+    return said
+
+
+def read_message(i, m, left_out):
+    """One message as ours. ValueError, to go behind "line 3"."""
+    where = f", message {i}"
+    if not isinstance(m, dict):
+        raise ValueError(f"{where} is no object but a {type(m).__name__}")
+    role = m.get("role", m.get("from"))
+    known = ALIASES.get(role, role) if isinstance(role, str) else None
+    if known not in ROLES:
+        names = ", ".join((*ROLES, *ALIASES))
+        raise ValueError(f"{where}: the role is {json.dumps(role)}; known are {names}")
+    content = m.get("content", m.get("value"))
+    if content is None:
+        calls = [key for key in ("tool_calls", "function_call") if m.get(key)]
+        why = f" ({calls[0]} is not supported)" if calls else ""
+        raise ValueError(f"{where}: content is null{why}")
+    count(m, left_out)
+    message = {"role": known, "content": read_content(content, f"{where}: content")}
+    if not is_trained(m, where):
+        message["given"] = True
+    return message
+
+
+def count(found, left_out):
+    """Count what a record or a message has that is left out."""
+    for key in sorted(LEFT_OUT & found.keys()):
+        if found[key]:
+            left_out[key] += 1
+
+
+def read_content(content, where):
+    """The text of a content: a string, or a list of parts of text. ValueError for anything else."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{where} is no text but a {type(content).__name__}")
+    parts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"{where} has a part of type {kind}; only text is supported")
+        parts.append(text)
+    return "".join(parts)
+
+
+def is_trained(m, where):
+    """Whether a message, if an answer, is learned: its weight is not 0 and its loss not false."""
+    weight = m.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where}: the weight is {json.dumps(weight)}; known are 0 and 1")
+    return weight != 0 and m.get("loss") is not False
+
+
+def well_formed(messages):
+    """True for a list of messages, each {"role": system, user or assistant, "content": str}."""
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
+        for m in messages
+    )
