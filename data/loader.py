@@ -79,7 +79,8 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
     data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues, mixed as data/dialogues.py says. Dialogues longer than block_size
     are cut after the last answer that fits; those without one are dropped. ValueError for a bad file.
     """
-    key = hashlib.sha256(repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed)).encode())
+    encoder = tokenizer.identity + tokenizer.default_system
+    key = hashlib.sha256(repr((encoder, block_size, bool(data), n_dialogues, seed, mixed)).encode())
     with open(data or dialogues.__file__, "rb") as origin:
         for part in iter(lambda: origin.read(1 << 20), b""):
             key.update(part)
