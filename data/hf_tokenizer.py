@@ -38,6 +38,9 @@ SYMBOLS |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINT
 # its 256 are never said.
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
                   "<|end_header_id|>": 7, "<|eot_id|>": 9}
+# Jinja, the language of chat templates: a string in a tag, and a tag, be it a comment.
+STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+TAG = re.compile(rf"""(\{{#.*?#\}}|\{{[{{%](?:{STRING.pattern}|[^'"])*?[}}%]\}})""", re.DOTALL)
 UNKNOWN = ("is not a byte-level BPE as LLaMA 3, Qwen and SmolLM2 have it; "
            "SentencePiece tokenizers are not supported")
 
@@ -142,9 +145,24 @@ def read_template(folder):
     return template or ""
 
 
-def unescape(template):
-    r"""A template's text with the characters that its strings write as \n, \' and so on."""
-    return re.sub(r"\\(.)", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), template)
+def pieces(template):
+    r"""What a chat template writes in one piece each: the texts between its tags, {{ ... }} and
+    {% ... %}, and the strings within them. A list."""
+    parts = TAG.split(template)  # at odd places a tag, at even ones the text between two
+    found = []
+    for i in range(0, len(parts), 2):
+        text = parts[i]
+        # "-" at the edge of a tag takes away the white space beside it.
+        if i > 0 and parts[i - 1][-3] == "-":
+            text = text.lstrip()
+        if i + 1 < len(parts) and parts[i + 1][2] == "-":
+            text = text.rstrip()
+        found.append(text)
+    escaped = {"n": "\n", "t": "\t"}  # what a string has as \n; any other character is itself
+    for tag in parts[1::2]:
+        for string in STRING.findall(tag):
+            found.append(re.sub(r"\\(.)", lambda c: escaped.get(c[1], c[1]), string[1:-1]))
+    return found
 
 
 def special_tokens(layout):
@@ -152,10 +170,10 @@ def special_tokens(layout):
     return re.findall(r"<\|\w+\|>", "".join(layout.values()))
 
 
-def choose_layout(path, special, template):
-    """The name in LAYOUTS of the chat format of a tokenizer with these special tokens and template.
+def choose_layout(path, special, written):
+    """The name in LAYOUTS of the chat format of a tokenizer with these special tokens.
 
-    ValueError if it has none of them.
+    written: what the folder's template writes, if it has one. ValueError if it is none of them.
     """
     needed = {name: special_tokens(layout) for name, layout in LAYOUTS.items()}
     names = [name for name in LAYOUTS if {*needed[name]} <= special]
@@ -163,26 +181,26 @@ def choose_layout(path, special, template):
         known = "; ".join(f"{name} has {', '.join(tokens)}" for name, tokens in needed.items())
         raise ValueError(f"{path} lacks a special token of each known chat format: {known}")
     for name in names:
-        layout = LAYOUTS[name]
-        opening = layout["header"].format(role="assistant")
-        if not template or opening in template and layout["end"] in template:
+        opening = LAYOUTS[name]["header"].format(role="assistant")
+        opens = any(opening in text for text in written)
+        ends = any(LAYOUTS[name]["end"] in text for text in written)
+        if not written or opens and ends:
             return name
     raise ValueError(f"{path}: the folder's chat template does not write what its special tokens "
                      f"tell, the format {' or '.join(names)}; other formats are not supported")
 
 
-def default_system(template, layout):
+def default_system(written, layout):
     """The system prompt that a chat template writes where a dialogue has none; "" is none.
 
-    It is the text between a system header and its end, where both and all between are one string.
-    What a template puts together (LLaMA 3.1's has the date in it) is not found.
+    It is the text between a system header and its end, where all that is one piece. What a template
+    puts together (LLaMA 3.1's has the date in it) is not found.
     """
-    for part in template.split(layout["header"].format(role="system"))[1:]:
-        text, end, _ = part.partition(layout["end"])
-        # With an end of a string in between, or an expression, it is put together out of several.
-        joined = re.search(r"""^['"]|['"]\s*([+~|]|-?%?\})|\{\{|\{%""", text)
-        if end and not joined:
-            return text
+    for text in written:
+        _, header, behind = text.partition(layout["header"].format(role="system"))
+        prompt, end, _ = behind.partition(layout["end"])
+        if header and end:
+            return prompt
     return ""
 
 
@@ -227,9 +245,10 @@ def load_tokenizer(folder):
                          f"but config.json's vocab_size is {vocab_size}")
     # 2. The chat format. A token that a text can spell is none of its special ones: an ordinary
     # token may be added too, "!" for padding say.
-    template = unescape(read_template(folder))
+    template = read_template(folder)
+    written = pieces(template) if template else []
     special = {token for token in added if token.encode() not in ranks}
-    name = choose_layout(path, special, template)
+    name = choose_layout(path, special, written)
     layout = LAYOUTS[name]
     # 3. Those that a text may spell. The format's are none of them, whatever the file says of them.
     spoken = [token for token, (_, special) in added.items()
@@ -240,4 +259,4 @@ def load_tokenizer(folder):
     ids = {token: i for token, (i, _) in added.items()}
     normalize = functools.partial(unicodedata.normalize, "NFC") if nfc else str
     return Tokenizer(name, ranks, pattern, ids, layout, spoken, normalize, vocab_size,
-                     default_system(template, layout))
+                     default_system(written, layout))

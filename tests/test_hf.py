@@ -510,6 +510,7 @@ TOKENIZER_ERRORS = {
     "spelled": (edit(spell("<|im_end|>")), "lacks a special token of each known chat format"),
     "other template": (template("<|im_start|>assistant<|im_sep|>{{ m.content }}<|im_end|>"), "chat template does not write .* chatml"),
     "no end": (template("<|im_start|>assistant\n{{ m.content }}</s>"), "chat template does not write .* chatml"),
+    "cut line": (template("{% if g %}<|im_start|>assistant\n{%- endif %}<|im_end|>"), "chat template does not write .* chatml"),
     "no template": (template(5), "chat_template must be a text, not 5"),
     "damaged": (edit(lambda t: t.pop("model")), "is not a byte-level BPE"),
 }
