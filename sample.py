@@ -15,7 +15,7 @@ import time
 import torch
 
 from data.checkpoint import load_checkpoint, whole_file
-from data.hf import from_pretrained, load_tokenizer, read_config
+from data.hf import from_pretrained, load_tokenizer, read_config, read_mask
 from data.loader import well_formed
 from data.tokenizer import Tokenizer, one_line, printable
 from mask import MASKS, draw, reusable
@@ -183,16 +183,18 @@ class Chat:
 def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settings):
     """A Chat with the model of a checkpoint file, or of a Hugging Face folder; settings are Chat's.
 
-    mask: a name in MASKS; "" is the one that the file was trained with, for a folder ism. block_size: the context of a
-    folder in tokens; 0 is its own, but at most 4,096, since the cache is allocated at once. dtype: auto, float32, bfloat16, or on
-    the CPU int8, which has weights in 8 bits and all else in bfloat16. ValueError if it cannot be loaded.
+    mask: a name in MASKS; "" is the one that the file or folder was trained with. system: without
+    it the system prompt of the folder's chat template, if it has one; "" is none at all.
+    block_size: the context of a folder in tokens; 0 is its own, but at most 4,096, since the cache
+    is allocated at once. dtype: auto, float32, bfloat16, or on the CPU int8, which has weights in
+    8 bits and all else in bfloat16. ValueError if it cannot be loaded.
     """
     device, int8 = pick_device(device), dtype == "int8"
     if int8 and device.type != "cpu":
         raise ValueError(f"--dtype int8 is for --device cpu; on {device.type} choose bfloat16 or float32")
     dtype = torch.bfloat16 if int8 else pick_dtype(dtype, device)
     if pathlib.Path(path).is_dir():
-        tokenizer, mask = load_tokenizer(path), mask or "ism"
+        tokenizer, mask = load_tokenizer(path), mask or read_mask(path)
         model = from_pretrained(path, block_size or min(4096, read_config(path).block_size), dtype)
     else:
         state = load_checkpoint(path)
@@ -208,6 +210,9 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         except RuntimeError:
             raise ValueError(f"{path} holds other weights than a GPT's, LoRA's maybe; those are merged when the run ends: --ckpt "
                              f"{pathlib.Path(path).parent}") from None
+    # The model was trained with the system prompt that its template has for whoever gives none.
+    if settings.get("system") is None:
+        settings["system"] = tokenizer.default_system
     return Chat(pack(model.to(device, dtype), int8), tokenizer, MASKS[mask], **settings)
 
 
@@ -280,10 +285,11 @@ def answer(chat, text):
 def main():
     parser = Parser(description="Chat with a trained model.", allow_abbrev=False)
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint of train.py or a Hugging Face folder (out/ckpt.pt)")
-    parser.add_argument("--mask", default="", choices=tuple(MASKS), help="the attention mask (the checkpoint's; for a folder ism)")
+    parser.add_argument("--mask", default="", choices=tuple(MASKS),
+                        help="the attention mask (the one it was trained with)")
     parser.add_argument("--block_size", type=int, default=0, help="context of a folder in tokens (its own, at most 4096)")
     parser.add_argument("--prompt", action="append", default=[], help="a query instead of the terminal; repeat it for more turns")
-    parser.add_argument("--system", default="", help="a system prompt")
+    parser.add_argument("--system", help='a system prompt; "" is none (the folder\'s own, if any)')
     parser.add_argument("--history", default="", help="go on from a file that /save wrote, or any JSON list of messages")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all (0)")

@@ -23,6 +23,47 @@ LLAMA3 = ("{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id
 KINDS = {"qwen": ("qwen2", CHATML), "smollm2": ("smollm2", CHATML), "llama3": ("llama3.2", LLAMA3)}
 
 
+# Chat templates with a system prompt of their own, SYSTEM, for dialogues that have none: SmolLM2's, Qwen2.5's
+# shortened where tools are listed, and others of the kind.
+SMOLLM2 = (r"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+           r"SYSTEM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+           r" + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN25 = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'SYSTEM' }}
+    {%- endif %}
+    {{- "\n\n# Tools\n\nYou may call one or more functions<|im_end|>\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nSYSTEM<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+BARE = "{% if messages[0].role != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}" + CHATML
+BEGUN = (r"{{ bos_token }}{% if messages[0].role != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>' }}"
+         r"{% endif %}") + LLAMA3.replace("{{ bos_token if loop.first }}", "")
+NONE = CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role == 'system' %}{{ '<|im_start|>system\n' ~ m.content ~ "
+                      "'<|im_end|>' ~ '\n' }}{% continue %}{% endif %}")
+# Template: (kind, template, whether it has a system prompt of its own)
+TEMPLATES = {"smollm2": ("smollm2", SMOLLM2, True), "qwen2.5": ("qwen", QWEN25, True), "bare": ("smollm2", BARE, True),
+             "llama3": ("llama3", BEGUN, True), "plain": ("qwen", CHATML, False), "none": ("smollm2", NONE, False)}
+PROMPTS = ["You are a helpful AI assistant named SmolLM, trained by Hugging Face", "Reason step by step, put the answer within \\boxed{}.",
+           "You're Qwen. You said: 'yes' + no.", "Two\nlines", "<b>7 > 5</b> | 3"]
+
+
 def make_folder(kind, folder):
     """A random model and a trained BPE in one folder, as a published checkpoint has them; returns transformers' tokenizer."""
     architecture, options = FAMILIES[KINDS[kind][0]]
@@ -95,6 +136,35 @@ def test_a_chat_is_the_template(kind, tmp_path):
             asked = template(messages + [query], True)
             chat.send(query["content"])
             assert chat.layout()[0][: len(asked)] == asked
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_own_system_prompt(name, tmp_path):
+    """Without a system prompt a chat and a dialogue begin as the template does; with one, "" too, with that alone."""
+    kind, template, own = TEMPLATES[name]
+    fast = make_folder(kind, tmp_path)
+    for number, prompt in enumerate(PROMPTS):
+        spelled = prompt if name == "bare" else prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        fast.chat_template = template.replace("SYSTEM", spelled)
+        if number % 2:
+            (tmp_path / "chat_template.jinja").write_text(fast.chat_template, encoding="utf-8")
+        else:
+            (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+            held = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": fast.chat_template}] if number else fast.chat_template
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": held}))
+        chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1)
+        assert chat.tokenizer.default_system == (prompt if own else "")
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "So?"}]
+        asked = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        chat.load(messages[:2])
+        chat.send("So?")
+        assert chat.layout()[0][: len(asked)] == asked
+        assert chat.tokenizer.encode_dialogue(messages)[0] == asked
+        for system in ("Be kind.", ""):
+            chat = load_chat(tmp_path, "cpu", "float32", system=system, max_new_tokens=1)
+            chat.send("Hi")
+            given = [{"role": "system", "content": system}] * bool(system) + messages[:1]
+            assert chat.layout()[0][:-2] == chat.tokenizer.begin + chat.tokenizer.encode_given(given)
 
 
 def test_greedy_chat_writes_what_transformers_generates(tmp_path):
