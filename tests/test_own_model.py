@@ -12,9 +12,12 @@ from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
 from conftest import ROOT
 from data.hf import from_pretrained, save_pretrained
+from data.hf_tokenizer import LAYOUTS
+from mask import MASKS, dense
 from sample import load_chat
 
 sys.path.insert(0, str(ROOT / "demos"))
+import elsewhere
 from finetune import add_lora, merge_lora
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -212,3 +215,48 @@ def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
         check_equal(again.eval(), ours.float().eval(), tolerance)
         check_equal(again, from_pretrained(out), tolerance)
         assert rank or dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_model_of_ism_elsewhere(kind, tmp_path):
+    """demos/elsewhere.py: transformers gives our chat's logits, from its cache turn by turn and of a whole dialogue, if it is
+    told the mask. If it is not, its logits differ, and no error tells."""
+    fast = make_folder(kind, tmp_path)
+    fast.eos_token = LAYOUTS["llama3" if kind == "llama3" else "chatml"]["end"]
+    fast.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "nanoism_mask": "ism"}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert theirs.config.nanoism_mask == "ism"
+    chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=9)
+    queries, cache, seen = [user(random.Random(number))["content"] for number in range(4)], transformers.DynamicCache(), 0
+    answers = []
+    for query in queries:
+        # 1. The query behind the cache.
+        ours = fresh(chat, query)[0] if chat.turns else None
+        answers.append(chat.send(query))
+        tokens, _ = chat.layout()
+        start = len(tokens) - len(chat.turns[-1][1])
+        logits = elsewhere.read(theirs, cache, tokens[seen:start])
+        assert ours is None or torch.allclose(logits, ours, atol=1e-4 * float(ours.abs().max()), rtol=0)
+        # 2. Each token of the answer, that which ends it too.
+        for token in tokens[start:]:
+            elsewhere.read(theirs, cache, [token])
+        seen = len(tokens)
+    # 3. The whole dialogue in one call, by blocks and by f.
+    tokens, segments = (torch.tensor([row]) for row in chat.layout())
+    f = MASKS["ism"](segments)
+    ours = chat.model(tokens, f)  # (1, T, V)
+    by_blocks = elsewhere.dialogue_mask(theirs, tokens, segments)
+    assert torch.equal(by_blocks, dense(f)[:, None])
+    assert (theirs(tokens, attention_mask=by_blocks).logits - ours).abs().max() < 1e-4 * ours.abs().max()
+    # 4. What goes wrong without it: another distribution of every answer's first token.
+    causal = theirs(tokens).logits
+    ends = [i for i in range(len(segments[0]) - 1) if segments[0, i] % 2 == 1 and segments[0, i + 1] % 2 == 0]
+    assert len(ends) == 4 and (causal - ours)[0, ends].abs().amax(1).min() > 0.1 * ours.std()
+    # 5. The chat as it stands there. A random model may say a special token, which is silenced here.
+    bias = torch.zeros(theirs.config.vocab_size)
+    bias[chat.tokenizer.unsayable] = -torch.inf
+    theirs.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    assert list(elsewhere.chat(theirs, fast, queries, 9)) == answers

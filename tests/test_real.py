@@ -212,6 +212,8 @@ def test_the_tokenizer_of_a_file(family, tmp_path):
     # transformers' reading of a file leaves out NFC of Qwen's and the digits of SmolLM2's, so that it is asked only where
     # there is neither.
     sound = {"smollm2": lambda text: not re.search(r"\d|[^\x00-\x7f]", text), "qwen2": str.isascii, "llama": lambda text: True}[family]
+    model = json.loads((tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert fast.get_vocab() == bpe.get_vocab() and model["ignore_merges"] == bpe.model.ignore_merges
     compared = 0
     for text in [*strings(1500), "a <think> b", "Hello world, it's"]:
         expected = bpe.encode(text, add_special_tokens=False).ids
