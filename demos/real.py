@@ -300,15 +300,15 @@ def measure(folder, turns=20):
     for turn in range(turns):
         query = QUERIES[turn % len(QUERIES)]
         # Who keeps no cache is given the whole conversation each time.
-        again = Chat(chat.model, chat.tokenizer, chat.mask, chat.tokenizer.default_system,
-                     max_new_tokens=1)
+        again = Chat(chat.model, chat.tokenizer, chat.mask,
+                     system=chat.tokenizer.default_system, max_new_tokens=1)
         if turn > 0:
             again.load(chat.messages)
         again.send(query)
         chat.send(query)
-        a, b = again.stats, chat.stats
-        print(f"{turn + 1:4} {a['prefill tokens']:8} {b['prefill tokens']:6}"
-              f"{1000 * b['first token s']:14.0f} ms{1000 * a['first token s']:14.0f} ms")
+        print(f"{turn + 1:4} {again.stats['prefill tokens']:8} {chat.stats['prefill tokens']:6}"
+              f"{1000 * chat.stats['first token s']:14.0f} ms"
+              f"{1000 * again.stats['first token s']:14.0f} ms")
 
 
 def main():
@@ -338,7 +338,7 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"real.py: {one_line(error)}")
     except KeyboardInterrupt:
-        sys.exit(f"\nreal.py: stopped; nothing is left of {out}")
+        sys.exit("\nreal.py: stopped; a folder is written whole or not at all")
     print(f"{out} is written. Chat with it: python sample.py --ckpt {out}")
 
 
