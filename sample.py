@@ -236,7 +236,8 @@ def forget_oldest(chat):
 def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settings):
     """A Chat with the model of a checkpoint file, or of a Hugging Face folder; settings are Chat's.
 
-    mask: a name in MASKS; "" is the one that the file was trained with, for a folder ism.
+    mask: a name in MASKS; "" is the one that the file or folder was trained with. system: without
+    it the system prompt of the folder's chat template, if it has one; "" is none at all.
     block_size: the context of a folder in tokens; 0 is its own, but at most 4,096, since the cache
     is allocated at once. dtype: of the weights, one of DTYPES. ValueError if it cannot be loaded.
     """
@@ -247,12 +248,15 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         tokenizer = hf.load_tokenizer(path)
         block_size = block_size or min(4096, hf.read_config(path).block_size)
         read_as = torch.float32 if dtype == "float32" else torch.bfloat16
-        model, trained_under = hf.from_pretrained(path, block_size, read_as), "ism"
+        model, trained_under = hf.from_pretrained(path, block_size, read_as), hf.read_mask(path)
     else:
         model, tokenizer, trained_under = load_trained(pathlib.Path(path))
     mask = mask or trained_under
     if mask not in MASKS:
         raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
+    # The model was trained with the system prompt that its template has for whoever gives none.
+    if settings.get("system") is None:
+        settings["system"] = tokenizer.default_system
     return Chat(stored(model, device, dtype), tokenizer, MASKS[mask], **settings)
 
 
@@ -391,12 +395,12 @@ def flags():
     flag("--ckpt", default="out/ckpt.pt",
          help="a checkpoint of train.py or a Hugging Face folder (default: out/ckpt.pt)")
     flag("--mask", default="", choices=tuple(MASKS),
-         help="the attention mask (default: the checkpoint's; for a folder ism)")
+         help="the attention mask (default: the one that the model was trained with)")
     flag("--block_size", type=int, default=0,
          help="context of a folder in tokens (default: its own, at most 4096)")
     flag("--prompt", action="append", default=[],
          help="a query instead of the terminal; repeat it for more turns")
-    flag("--system", default="", help="a system prompt")
+    flag("--system", help="a system prompt (default: that of the folder's template, or none)")
     flag("--history", default="",
          help="go on from a file that /save wrote, or any JSON list of messages")
     flag("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")

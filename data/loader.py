@@ -32,7 +32,8 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
     data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
     fits; those without one are left out. ValueError for a bad file, or if too few are left.
     """
-    made_from = tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed
+    encoder = tokenizer.identity + tokenizer.default_system
+    made_from = encoder, block_size, bool(data), n_dialogues, seed, mixed
     key = hashlib.sha256(repr(made_from).encode())
     if data and pathlib.Path(data).is_fifo():
         raise ValueError(f"--data {data} is a pipe, which cannot be read twice; write it to a file")

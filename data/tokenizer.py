@@ -24,6 +24,10 @@ N_RANKS = 1276  # with the four special tokens 1,280
 # One token a digit. Runs are bounded, so that no text takes more than linear time to encode.
 PATTERN = r" ?\p{N}| ?\p{L}{1,24}| ?[^\s\p{L}\p{N}]{1,8}|\s{1,8}"
 ROLES = ("system", "user", "assistant")
+# A longer run of letters, digits, signs or spaces is cut, since an older tiktoken takes quadratic
+# time for it (10 s for 100,000 letters) and the newest fails at a million spaces.
+LONGEST_RUN = 1000
+RUN = re.compile(r"\s+|\d+|[^\W\d_]+|(?:[^\w\s]|_)+")
 # What begins a dialogue, what opens a message, what ends it, and what stands between its end and the next header.
 LAYOUT = {"begin": "", "header": "<|{role}|>", "end": "<|end|>", "after": ""}
 
@@ -36,22 +40,28 @@ class Tokenizer:
     With `ranks` the encoding is given instead of looked up: pattern and special tokens as tiktoken takes them, the
     special tokens that a text may contain (`spoken`), a function to apply to each text first, and the vocabulary's size
     if the model has rows beyond its tokens. Ranks at or beyond vocab_size are left out of what is encoded.
+    default_system: the system prompt of a dialogue that has none, as the model was trained.
     """
 
-    def __init__(self, name="nanoism", ranks=None, pattern=PATTERN, special=None, layout=LAYOUT, spoken=(), normalize=str, vocab_size=0):
+    def __init__(self, name="nanoism", ranks=None, pattern=PATTERN, special=None, layout=LAYOUT,
+                 spoken=(), normalize=str, vocab_size=0, default_system=""):
         foreign = [pattern, special] if ranks else []  # what, beside the ranks, tells two of these apart
         if ranks is None:
             ranks, pattern, others = load_named(name)
             n = max([*ranks.values(), *others.values()]) + 1
             added = [layout["header"].format(role=role) for role in ROLES] + [layout["end"]]
             special = {**others, **{token: n + i for i, token in enumerate(added)}}
-        ids = [*ranks.values(), *special.values()]  # tiktoken panics or hangs where these do not hold
+        # A special token may be an ordinary one too, under the same id.
+        others = [i for token, i in special.items() if ranks.get(token.encode()) != i]
+        ids = [*ranks.values(), *others]
+        # tiktoken panics or hangs where these do not hold.
         if not all(type(i) is int and 0 <= i < 1 << 21 for i in ids) or len({*ids}) < len(ids):
             raise ValueError(f"the tokenizer '{name}' is damaged: an id is there twice, or is no number from 0 to {1 << 21:,}")
         if "" in special or b"" in ranks or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError(f"the tokenizer '{name}' is damaged: a token is empty, or a byte has none")
         self.encoding = tiktoken.Encoding(f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.normalize, self.spoken = normalize, set(spoken)
+        self.default_system = default_system
         self.vocab_size = vocab_size or max([*ranks.values(), *special.values()]) + 1
         fixed = lambda text: self.encoding.encode(text, allowed_special="all")
         self.openings = {role: fixed(layout["header"].format(role=role)) for role in ROLES}
@@ -65,7 +75,9 @@ class Tokenizer:
 
     def encode(self, text):
         """Text -> its token ids, a list; the spelling of a special token is text, unless it is among the spoken ones."""
-        tokens = self.encoding.encode(self.normalize(text), allowed_special=self.spoken, disallowed_special=())
+        tokens = []
+        for part in bounded(self.normalize(text)):
+            tokens += self.encoding.encode(part, allowed_special=self.spoken, disallowed_special=())
         return [token for token in tokens if token < self.vocab_size]
 
     def encode_given(self, messages, header=True):
@@ -87,6 +99,8 @@ class Tokenizer:
 
         Just what a chat over these messages holds in its cache. Neighbouring given messages are one query.
         """
+        if self.default_system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
         tokens, segments, given, segment, opening = [], [], [], 1, self.begin
         for message in messages:
             if message["role"] != "assistant" or message.get("given"):
@@ -110,6 +124,18 @@ class Tokenizer:
     def decode(self, tokens):
         """Token ids -> text; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode(tokens, errors="replace")
+
+
+def bounded(text):
+    """A text in parts that make it up, cut only within runs of more than LONGEST_RUN characters."""
+    if len(text) <= LONGEST_RUN:
+        return [text]
+    parts, start = [], 0
+    for run in RUN.finditer(text):
+        for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            parts.append(text[start:cut])
+            start = cut
+    return [*parts, text[start:]]
 
 
 @functools.cache

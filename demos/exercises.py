@@ -20,10 +20,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data.machine import Parser
 from data.tokenizer import Tokenizer
 from mask import MASKS, causal, draw, ism, one_pass, prefix, reusable
 from model import GPT, Cache, GPTConfig
-from data.machine import Parser
 
 STUB = '''"""
 My answers. `python demos/exercises.py 1` prints the first task and judges what stands here.

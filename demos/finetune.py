@@ -176,7 +176,7 @@ def finetune(s):
         add_lora(model, s.rank, s.alpha, s.layers.split(","))
     metrics = train(s, model)
     if RANK == 0:
-        save_pretrained(merge_lora(model), s.init_from, s.out_dir)
+        save_pretrained(merge_lora(model), s.init_from, s.out_dir, s.mask)
     return metrics
 
 

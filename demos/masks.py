@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.dialogues import generate
+from data.machine import Parser
 from data.tokenizer import Tokenizer
 from demos.output import check_writable, plt
 from mask import MASKS, loss_positions, one_pass, reusable
 from model import GPT, Cache, GPTConfig
-from data.machine import Parser
 
 DIALOGUE = [{"role": "user", "content": "I am Anna."}, {"role": "assistant", "content": "Hi Anna."},
             {"role": "user", "content": "Who am I?"}, {"role": "assistant", "content": "You are Anna."}]

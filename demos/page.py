@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model as model_module
 from data.dialogues import generate
+from data.machine import Parser
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
 from sample import load_chat
-from data.machine import Parser
 
 ANNA = [{"role": "user", "content": "My name is Anna."}, {"role": "assistant", "content": "Noted. Your name is Anna."},
         {"role": "user", "content": "What is my name?"}, {"role": "assistant", "content": "Your name is Anna."}]

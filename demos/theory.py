@@ -36,10 +36,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.machine import Parser
 from demos.output import COLORS, check_writable, plt
 from mask import MASKS, causal, dense, ism, prefix
 from model import GPT, GPTConfig
-from data.machine import Parser
 
 D, N = 16, 60  # inputs have D dimensions; a dialogue holds N examples
 LENGTHS = [1, 2, 3, 5, 10, 12, 15, 20, 30, 60]  # examples in one query; 1 is causal, N is prefix

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader as loader
-from data.dialogues import CITIES, FAMILIES, NAMES, NEW_CITIES, NEW_NAMES, SMALL_TALK, SYSTEM, generate, split_of
+from data.dialogues import (
+    CITIES,
+    FAMILIES,
+    NAMES,
+    NEW_CITIES,
+    NEW_NAMES,
+    SMALL_TALK,
+    SYSTEM,
+    generate,
+    split_of,
+)
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer, train_ranks
 from mask import MASKS, loss_positions
@@ -261,7 +271,7 @@ def test_dialogues_without_an_answer_are_left_out(cache, capsys):
     folder = prepare(TOKENIZER, 64, path)
     kept = [Split(folder, name) for name in ("train", "val", "test")]
     assert sum(len(split.families) for split in kept) == 20 and "40 had no answer that fits" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="none of the dialogues"):
+    with pytest.raises(ValueError, match="0 different dialogues with an answer that fits"):
         prepare(TOKENIZER, 64, write(cache / "alone.jsonl", alone))
 
 

@@ -243,6 +243,25 @@ def test_finetune_writes_a_folder(tmp_path, chats, options):
     assert isinstance(load_chat(tmp_path / "out", "cpu", max_new_tokens=8).send("hello 5"), str)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_folder_knows_its_mask(tmp_path, chats, mask):
+    """What was fine-tuned under a mask is chatted with under it; without a word it is causal."""
+    folder, out = make_folder(tmp_path / "folder"), tmp_path / "out"
+    assert load_chat(folder, "cpu").mask is MASKS["causal"]
+    finetune(Finetune(**{**FAST, "max_iters": 1}, mask=mask, data=chats, init_from=str(folder),
+                      out_dir=str(out)))
+    assert load_chat(out, "cpu").mask is MASKS[mask]
+    assert load_chat(out, "cpu", mask="prefix").mask is MASKS["prefix"]
+    # What is said of the mask stays, if nothing else is.
+    save_pretrained(from_pretrained(out), out, tmp_path / "again")
+    assert load_chat(tmp_path / "again", "cpu").mask is MASKS[mask]
+    config = json.loads((out / "config.json").read_text())
+    for wrong in ("lower", 5, ["ism"]):
+        (out / "config.json").write_text(json.dumps({**config, "nanoism_mask": wrong}))
+        with pytest.raises(ValueError, match="mask.py does not have; it has causal, prefix, ism"):
+            load_chat(out, "cpu")
+
+
 def test_lora_resumes_to_the_bit(tmp_path, chats):
     folder = make_folder(tmp_path / "folder")
     s = dict(FAST, data=chats, init_from=str(folder))

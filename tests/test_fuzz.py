@@ -23,9 +23,9 @@ resource = pytest.importorskip("resource", reason="it counts memory on Linux and
 from test_chat import TOKENIZER, make_chat, run
 
 import data.tokenizer
+from data.chats import read_chats
 from data.checkpoint import load_checkpoint, load_state, restore, save_checkpoint
 from data.hf import SYMBOLS, from_pretrained, load_tokenizer
-from data.chats import read_chats
 from data.machine import one_line
 from data.tokenizer import RANKS, Tokenizer, load_named
 from model import GPT, GPTConfig

@@ -1,10 +1,12 @@
 """Checkpoints and tokenizers in the Hugging Face format, against transformers and tokenizers themselves."""
 import base64
 import functools
+import importlib
 import json
 import random
 import shutil
 import struct
+import time
 import unicodedata
 
 import pytest
@@ -12,12 +14,14 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is needed only to check data/hf.py")
 import tokenizers
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from conftest import ROOT
 from data.hf import SYMBOLS, from_pretrained, load_tokenizer, read_config
+from data.tokenizer import LONGEST_RUN
 from mask import MASKS, dense
+from model import rope_tables
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=128)
@@ -93,6 +97,93 @@ def test_config_files_of_older_versions(tmp_path):
     n = struct.unpack("<Q", raw[:8])[0]
     path.write_bytes(struct.pack("<Q", n + 1) + raw[8 : 8 + n] + b" " + raw[8 + n :])
     check_equal(theirs, from_pretrained(tmp_path))
+
+
+def random_rope(rng):
+    """The keys of a config.json that tell the rotation: older ones, newer ones, both at once."""
+    def some(**options):
+        return {key: rng.choice(values) for key, values in options.items() if rng.random() < 0.5}
+
+    def rope():
+        if rng.random() < 0.3:
+            return rng.choice((None, {}))
+        kind = rng.choice(("default", "llama3"))
+        names = rng.choice((["rope_type"], ["type"], ["type", "rope_type"]))
+        keys = {**dict.fromkeys(names, kind), **some(rope_theta=(500.0, 1000.0))}
+        if kind == "llama3":
+            keys |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            keys |= some(original_max_position_embeddings=(32, 64))
+        return keys
+
+    keys = some(rope_theta=(500.0, 1000.0), original_max_position_embeddings=(32, 64),
+                partial_rotary_factor=(1.0,))
+    for name in ("rope_parameters", "rope_scaling"):
+        if rng.random() < 0.6:
+            keys[name] = rope()
+    if rng.random() < 0.1:
+        keys["rope_scaling"] = keys.get("rope_parameters")
+    return keys
+
+
+def contradicts(keys):
+    """Whether two places of a config.json say two things of the rotation."""
+    both = [keys[name] for name in ("rope_parameters", "rope_scaling") if keys.get(name)]
+    if len(both) == 2 and both[0] != both[1]:
+        return True
+    inner = both[0] if both else {}
+    return any(inner[name] != keys[name] for name in inner.keys() & keys.keys())
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+def test_all_mixtures_of_keys_rotate_as_in_transformers(kind, tmp_path):
+    """The rotation of each position is that of transformers, or an error says what stands twice."""
+    rng, refused, name = random.Random(kind), 0, kind.lower()
+    sizes = {"architectures": [f"{kind}ForCausalLM"], "model_type": name, **SIZES, "head_dim": 8}
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    for _ in range(150):
+        keys = random_rope(rng)
+        (tmp_path / "config.json").write_text(json.dumps({**sizes, **keys}))
+        if contradicts(keys):
+            with pytest.raises(ValueError, match="stands there twice"):
+                read_config(tmp_path)
+            refused += 1
+            continue
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        rotary = getattr(module, f"{kind}RotaryEmbedding")(config)
+        theirs = rotary(torch.zeros(1), torch.arange(128)[None])  # cos and sin, (1, T, D)
+        ours = rope_tables(read_config(tmp_path))  # cos and signed sin, (T, 1, D)
+        for a, b in zip(theirs, ours, strict=True):
+            assert (a[0].abs() - b[:, 0].abs()).abs().max() < 1e-4, keys
+    assert 20 < refused < 130
+
+
+def test_a_contradiction_within_the_rotation(tmp_path):
+    make("llama3", tmp_path)
+    for rope, words in (
+            ({"rope_type": "llama3", "type": "default"}, "rope_type stands there twice, as llama3"),
+            ({"full_attention": {"rope_theta": 5.0}}, "for each type of layer are not supported"),
+            ({"rope_theta": 5.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5")):
+        config(rope_parameters=rope)(tmp_path)
+        with pytest.raises(ValueError, match=words):
+            read_config(tmp_path)
+
+
+def test_a_theta_beside_the_parameters(tmp_path):
+    theirs = make("llama3", tmp_path)
+    config(rope_parameters={"rope_type": "default"}, rope_theta=5e5)(tmp_path)
+    check_equal(theirs, from_pretrained(tmp_path))
+
+
+def test_a_byte_order_mark(tmp_path):
+    """As some editors write it before a text."""
+    (tmp_path / "words").mkdir()
+    bpe = train_bpe("qwen", tmp_path / "words")
+    theirs = make("qwen2", tmp_path)
+    for path in (tmp_path / "config.json", *(tmp_path / "words").iterdir()):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    check_equal(theirs, from_pretrained(tmp_path))
+    expected = bpe.encode("Hello world", add_special_tokens=False).ids
+    assert load_tokenizer(tmp_path / "words").encode("Hello world") == expected
 
 
 def test_a_shorter_context(tmp_path):
@@ -280,6 +371,50 @@ def test_ids_equal_tokenizers(family, tmp_path):
     assert ours.end not in ours.encode("<|im_end|><|eot_id|>")  # a text cannot end its own turn
 
 
+def test_a_sequence_of_normalizers(tmp_path):
+    bpe = train_bpe("qwen", tmp_path)
+    nfc = {"type": "NFC"}
+    for steps in ([nfc], [{"type": "Sequence", "normalizers": [nfc, nfc]}], []):
+        normalizer = {"type": "Sequence", "normalizers": steps}
+        edit(lambda held: held.update(normalizer=normalizer))(tmp_path)
+        bpe = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        check_ids(bpe, load_tokenizer(tmp_path), 300)
+
+
+@pytest.mark.parametrize("family", ["qwen", "smollm2", "llama3"])
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_that_is_an_ordinary_one(family, special, tmp_path):
+    """As `tokenizer.pad_token = "!"` saves it. A special token's spelling is text, here as ever."""
+    train_bpe(family, tmp_path)
+    bpe = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for token in ("!", "in"):
+        token = tokenizers.AddedToken(token, special=special, normalized=False)
+        (bpe.add_special_tokens if special else bpe.add_tokens)([token])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    bpe.encode_special_tokens = special
+    ours = load_tokenizer(tmp_path)
+    for text in ["a!! b! in", "begin! !", *strings(600)]:
+        if special:  # tokenizers would then take <|im_end|> and <think> for text as well
+            text = text.replace("<", "")
+        assert ours.encode(text) == bpe.encode(text, add_special_tokens=False).ids, ascii(text)
+    assert {bpe.token_to_id("!"), bpe.token_to_id("in")}.isdisjoint(ours.unsayable)
+
+
+@pytest.mark.parametrize("family", ["qwen", "smollm2", "llama3"])
+def test_long_runs_take_linear_time(family, tmp_path):
+    """Ids are those of tokenizers up to 1,000 letters or spaces in a row; more are cut, fast."""
+    bpe = train_bpe(family, tmp_path)
+    ours = load_tokenizer(tmp_path)
+    for run in (" ", "a", ".", "7", "\n", "\t", "\u4f60", "\U0001f600", " \n", "=-"):
+        text = "x" + (run * LONGEST_RUN)[: LONGEST_RUN - 2] + "y " * 3000
+        assert ours.encode(text) == bpe.encode(text, add_special_tokens=False).ids
+        many = run * (1_000_000 if run == " " else 100_000)
+        began = time.perf_counter()
+        ids = ours.encode(many)
+        assert time.perf_counter() - began < 5
+        assert ours.decode(ids) == many
+
+
 @pytest.mark.parametrize("family", ["qwen", "smollm2"])
 def test_vocab_and_merges(family, tmp_path):
     bpe = train_bpe(family, tmp_path)
@@ -338,19 +473,57 @@ def only(name, content):
     return damage
 
 
+def template(content):
+    """A folder's chat template, in tokenizer_config.json."""
+    text = json.dumps({"chat_template": content})
+    return lambda folder: (folder / "tokenizer_config.json").write_text(text)
+
+
+NO_FORMAT = (r"lacks a special token of each known chat format: "
+             r"chatml has <\|im_start\|>, <\|im_end\|>; llama3 has")
+OTHER = "chat template does not write .* chatml"
+LOWER = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+def spell(token):
+    """Merges that make a token out of the letters of a text."""
+    def change(held):
+        vocab, made = held["model"]["vocab"], token[0]
+        for letter in token[1:]:
+            held["model"]["merges"].append([made, letter])
+            made += letter
+            vocab.setdefault(made, 1580 + len(made))
+        for entry in held["added_tokens"]:
+            if entry["content"] == token:
+                entry["id"] = vocab[token]
+    return change
+
+
 TOKENIZER_ERRORS = {
     "none": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "SentencePiece": (only("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c\n\x03<s>"), "SentencePiece tokenizers are not"),
     "SentencePiece in JSON": (edit(lambda t: t["model"].update(byte_fallback=True)), "SentencePiece tokenizers are not"),
     "unigram": (edit(lambda t: t["model"].update(type="Unigram")), "SentencePiece tokenizers are not"),
-    "normalizer": (edit(lambda t: t.update(normalizer={"type": "NFKC"})), "SentencePiece tokenizers are not"),
+    "normalizer": (edit(lambda t: t.update(normalizer={"type": "NFKC"})),
+                   "the normalizer NFKC is not supported, only NFC"),
+    "normalizers": (edit(lambda t: t.update(normalizer=LOWER)), "normalizer NFC, Lowercase is not"),
     "split": (edit(lambda t: t.update(pre_tokenizer={"type": "Whitespace"})), "is not a byte-level BPE"),
     "no split": (edit(lambda t: t.update(pre_tokenizer=None)), "is not a byte-level BPE"),
     "prefix space": (edit(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "is not a byte-level BPE"),
     "order": (edit(lambda t: t["model"]["merges"].reverse()), "do not follow the order of the merges"),
     "other split": (edit(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")), "split in a way that is not"),
-    "added": (edit(lambda t: t["added_tokens"][0].pop("id")), "added_tokens is damaged"),
-    "no chat": (edit(lambda t: t.update(added_tokens=[])), "special token of a known chat format"),
+    "added": (edit(lambda t: t["added_tokens"][0].pop("id")), "of its added tokens is damaged"),
+    "lstrip": (edit(lambda t: t["added_tokens"][0].update(lstrip=True)),
+               r"the added token '<\|endoftext\|>' has lstrip"),
+    "rstrip": (edit(lambda t: t["added_tokens"][-1].update(rstrip=True)),
+               "the added token '<think>' has rstrip"),
+    "single word": (edit(lambda t: t["added_tokens"][-1].update(single_word=True)),
+                    "the added token '<think>' has single_word"),
+    "no chat": (edit(lambda t: t.update(added_tokens=[])), NO_FORMAT),
+    "no header": (edit(lambda t: t["added_tokens"].pop(1)), NO_FORMAT),
+    "spelled": (edit(spell("<|im_end|>")), NO_FORMAT),
+    "other template": (template("<|im_start|>assistant<|im_sep|>{{ m.content }}<|im_end|>"), OTHER),
+    "no end": (template("<|im_start|>assistant\n{{ m.content }}</s>"), OTHER),
+    "cut line": (template("{% if g %}<|im_start|>assistant\n{%- endif %}<|im_end|>"), OTHER),
+    "no template": (template(5), "chat_template must be a text, not 5"),
     "damaged": (edit(lambda t: t.pop("model")), "is not a byte-level BPE"),
 }
 

@@ -7,20 +7,71 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is needed only to check folders of its format")
+from conftest import ROOT
 from test_chat import run
 from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
-from conftest import ROOT
 from data.hf import from_pretrained, save_pretrained
+from data.hf_tokenizer import LAYOUTS
+from mask import MASKS, dense
 from sample import go_on, load_chat
 
 sys.path.insert(0, str(ROOT / "demos"))
+import elsewhere
 from finetune import add_lora, merge_lora
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 LLAMA3 = ("{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
           "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 KINDS = {"qwen": ("qwen2", CHATML), "smollm2": ("smollm2", CHATML), "llama3": ("llama3.2", LLAMA3)}
+
+
+# Chat templates with a system prompt of their own, SYSTEM, for dialogues that have none: SmolLM2's,
+# Qwen2.5's (shortened where tools are listed), and others of the kind.
+SMOLLM2 = (r"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+           r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}"
+           r"{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+           r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN25 = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'SYSTEM' }}
+    {%- endif %}
+    {{- "\n\n# Tools\n\nYou may call one or more functions<|im_end|>\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nSYSTEM<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first)
+           or (message.role == "assistant") %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+UNLESS = "{% if messages[0].role != 'system' %}"
+BARE = UNLESS + "<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}" + CHATML
+BEGUN = ("{{ bos_token }}" + UNLESS
+         + r"{{ '<|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>' }}{% endif %}"
+         + LLAMA3.replace("{{ bos_token if loop.first }}", ""))
+EACH = "{% for m in messages %}"
+NONE = CHATML.replace(EACH, EACH + "{% if m.role == 'system' %}{{ '<|im_start|>system\n' ~ "
+                      "m.content ~ '<|im_end|>' ~ '\n' }}{% continue %}{% endif %}")
+TEMPLATES = {  # name: (kind, template, whether it has a system prompt of its own)
+    "smollm2": ("smollm2", SMOLLM2, True), "qwen2.5": ("qwen", QWEN25, True),
+    "bare": ("smollm2", BARE, True), "llama3": ("llama3", BEGUN, True),
+    "plain": ("qwen", CHATML, False), "none": ("smollm2", NONE, False)}
+PROMPTS = ["You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+           "Reason step by step, put the answer within \\boxed{}.",
+           "You're Qwen. You said: 'yes' + no.", "Two\nlines", "<b>7 > 5</b> | 3"]
 
 
 def make_folder(kind, folder):
@@ -97,6 +148,48 @@ def test_a_chat_is_the_template(kind, tmp_path):
             assert chat.layout()[0][: len(asked)] == asked
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_own_system_prompt(name, tmp_path):
+    """Without a system prompt a chat and a dialogue begin as the template does.
+
+    With one they begin with that alone; "" is one that is not there.
+    """
+    kind, template, own = TEMPLATES[name]
+    fast = make_folder(kind, tmp_path)
+    for number, prompt in enumerate(PROMPTS):
+        spelled = prompt
+        if name != "bare":  # it stands in a string
+            spelled = prompt.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        fast.chat_template = template.replace("SYSTEM", spelled)
+        # The three places in which a folder may have it.
+        path = tmp_path / "chat_template.jinja"
+        path.unlink(missing_ok=True)
+        if number % 3 == 0:
+            path.write_text(fast.chat_template, encoding="utf-8")
+        else:
+            held = fast.chat_template
+            if number % 3 == 1:
+                held = [{"name": "other", "template": "x"}, {"name": "default", "template": held}]
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": held}))
+        chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1)
+        assert chat.tokenizer.default_system == (prompt if own else "")
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+                    {"role": "user", "content": "So?"}]
+        asked = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        go_on(chat, messages[:2])
+        chat.send("So?")
+        assert chat.layout()[0][: len(asked)] == asked
+        assert chat.tokenizer.encode_dialogue(messages)[0] == asked
+        for system in ("Be kind.", ""):
+            chat = load_chat(tmp_path, "cpu", "float32", system=system, max_new_tokens=1)
+            chat.send("Hi")
+            given = messages[:1]
+            if system:
+                given = [{"role": "system", "content": system}, *given]
+            begun = chat.tokenizer.begin + chat.tokenizer.encode_given(given)
+            assert chat.layout()[0][:-2] == begun
+
+
 def test_greedy_chat_writes_what_transformers_generates(tmp_path):
     """Causal, two turns: the tokens of transformers' own greedy decoding over the template's ids."""
     for kind in KINDS:
@@ -142,3 +235,49 @@ def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
         check_equal(again.eval(), ours.float().eval(), tolerance)
         check_equal(again, from_pretrained(out), tolerance)
         assert rank or dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_model_of_ism_elsewhere(kind, tmp_path):
+    """demos/elsewhere.py: transformers gives our chat's logits if it is told the mask, turn by turn
+    from its cache and for a whole dialogue. If it is not told, they differ, and no error tells."""
+    fast = make_folder(kind, tmp_path)
+    fast.eos_token = LAYOUTS["llama3" if kind == "llama3" else "chatml"]["end"]
+    fast.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "nanoism_mask": "ism"}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert theirs.config.nanoism_mask == "ism"
+    chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=9)
+    queries = [user(random.Random(number))["content"] for number in range(4)]
+    cache, seen, answers = transformers.DynamicCache(), 0, []
+    for query in queries:
+        # 1. The query behind the cache.
+        ours = fresh(chat, query)[0] if chat.turns else None
+        answers.append(chat.send(query))
+        tokens, _ = chat.layout()
+        start = len(tokens) - len(chat.turns[-1][1])
+        logits = elsewhere.read(theirs, cache, tokens[seen:start])
+        assert ours is None or (logits - ours).abs().max() < 1e-4 * ours.abs().max()
+        # 2. Each token of the answer, that which ends it too.
+        for token in tokens[start:]:
+            elsewhere.read(theirs, cache, [token])
+        seen = len(tokens)
+    # 3. The whole dialogue in one call, by blocks and by f.
+    tokens, segments = (torch.tensor([row]) for row in chat.layout())
+    f = MASKS["ism"](segments)
+    ours = chat.model(tokens, f)  # (1, T, V)
+    by_blocks = elsewhere.dialogue_mask(theirs, tokens, segments)
+    assert torch.equal(by_blocks, dense(f)[:, None])
+    logits = theirs(tokens, attention_mask=by_blocks).logits
+    assert (logits - ours).abs().max() < 1e-4 * ours.abs().max()
+    # 4. What goes wrong without it: another distribution of every answer's first token.
+    last = (segments[0, :-1] % 2 == 1) & (segments[0, 1:] % 2 == 0)  # the last token of each query
+    differ = (theirs(tokens).logits - ours)[0, :-1][last].abs().amax(1)  # (4,)
+    assert len(differ) == 4 and differ.min() > 0.1 * ours.std()
+    # 5. The chat as it stands there. A random model may say a special token; so silence them.
+    bias = torch.zeros(theirs.config.vocab_size)
+    bias[chat.tokenizer.unsayable] = -torch.inf
+    theirs.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    assert list(elsewhere.chat(theirs, fast, queries, 9)) == answers

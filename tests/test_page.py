@@ -12,8 +12,9 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "demos"))
-import model as model_module
 import page
+
+import model as model_module
 from data.dialogues import generate
 from data.tokenizer import PATTERN, Tokenizer
 from mask import MASKS, reusable

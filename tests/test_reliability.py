@@ -23,7 +23,7 @@ import sample
 import train as module
 from data.checkpoint import load_checkpoint, save_checkpoint, whole_file
 from data.loader import Split, prepare
-from data.machine import one_line, printable, until_stopped
+from data.machine import one_line, until_stopped
 from sample import command, go_on, load_chat, read_history
 from train import Settings, train
 
