@@ -600,12 +600,15 @@ def pack(model, kind, wide=torch.float32):
     """A model for chat on the CPU with weights in fewer bits: a kind of PACKED -> the model.
 
     What goes through it, the norms and the cache are float32. On two AVX2 cores SmolLM2-135M writes
-    2.4, 2.5 and 4.0 times as many tokens a second in bfloat16, int8 and int4 as in float32.
+    2.4, 2.5 and 4.0 times as many tokens a second in bfloat16, int8 and int4 as in float32. Its
+    probabilities are nearer to float32's in int4 than in int8 (KL 0.0007 and 0.003).
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, packed(child, PACKED[kind], wide))
+                # The head in 4 bits is 9 % off in SmolLM2, other layers 0.5 %; 8 are no faster.
+                fewest = PackedLinear if child is model.head else PACKED[kind]
+                setattr(module, name, packed(child, fewest, wide))
     weight = model.embed.weight.detach().bfloat16()
     model.embed = PackedEmbedding.from_pretrained(weight)
     for name, p in model.named_parameters():

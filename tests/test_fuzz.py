@@ -379,7 +379,7 @@ HOSTILE_FILES = {
     "HF vocabulary": (change_config(vocab_size=10**12), lambda folder: load_tokenizer(folder), "vocab_size"),
     "HF empty token": (empty_token, lambda folder: load_tokenizer(folder), "a token is empty"),
     "long line": (long_line, read_jsonl, "line 1 is longer than"),
-    "deep line": (lambda folder: (folder / "chats.jsonl").write_text("[" * 1_000_000), read_jsonl, "line 1: expected"),
+    "deep line": (lambda folder: (folder / "chats.jsonl").write_text("[" * 1_000_000), read_jsonl, "line 1 is not JSON"),
     "rank twice": (rank_lines(lambda lines: lines + [b"enp6eg== 7"]), RANK_FILE, "twice"),
     "token twice": (rank_lines(lambda lines: lines + [lines[0].split()[0] + b" 1276"]), RANK_FILE, "twice"),
     "rank of a trillion": (rank_lines(lambda lines: lines + [b"enp6eg== 1000000000000"]), RANK_FILE, "left out"),

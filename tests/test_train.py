@@ -98,7 +98,7 @@ def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
     assert all(torch.equal(a[key], b[key]) for key in a)
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert set(metrics["accuracy"]) and all(0 <= x <= 1 for x in metrics["accuracy"].values())
-    assert {"accuracy", "accuracy_by_turn", "accuracy_new_words", "loss", "seconds", "settings", "parameters"} == set(metrics)
+    assert {"accuracy", "accuracy_by_turn", "accuracy_by_kind", "accuracy_new_words", "loss", "seconds", "settings", "parameters"} == set(metrics)
 
 
 def test_resume_with_another_config_is_told(tmp_path):
