@@ -217,7 +217,8 @@ def exercise_2(a):
       each row sees.
     - SEES_IT is the name of a test of tests/test_chat.py that fails when Chat is Late.
     """
-    model, tokenizer = gpt(3, Tokenizer().vocab_size), Tokenizer()
+    tokenizer = Tokenizer()
+    model = gpt(3, tokenizer.vocab_size)
     chat = a.Late(model, tokenizer, ism, max_new_tokens=5)
     chat.send("I am Ann.")
     chat.send("Who am I?")
@@ -435,11 +436,13 @@ def off_by_layer(row, n):
     """By how much the keys and values of n tokens are others in the whole dialogue: a list (L,)."""
     cut = 0 < n < len(row) <= 64 and row[n] != row[n - 1]
     check(cut, "STALE: n is where a segment ends, before the dialogue's end (at most 64 tokens)")
-    part, whole = prefix(torch.tensor([row[:n]])), prefix(torch.tensor([row]))
+    part = prefix(torch.tensor([row[:n]]))  # (1, n)
+    whole = prefix(torch.tensor([row]))  # (1, T)
     same = torch.equal(part, whole[:, :n])
     check(not same, f"STALE: prefix of the first {n} tokens is {part[0].tolist()}, and that of the "
                     "whole dialogue begins so too. What has to come after the cut?")
-    tokens, model = torch.arange(len(row))[None] % 40, gpt(4)
+    tokens = torch.arange(len(row))[None] % 40  # (1, T)
+    model = gpt(4)
     cut_short = cached(model, tokens[:, :n], part)  # (2, L, 1, H, n, D)
     off = cut_short - cached(model, tokens, whole)[..., :n, :]
     return off.abs().amax((0, 2, 3, 4, 5)).tolist()
@@ -526,9 +529,10 @@ def exercise_6(a):
                                  f"has {right} definitions, yours {mine}. {hint}")
     lines = ["layers   causal   ism   causal, each definition after the one that it needs"]
     for n in range(1, 6):
-        forward, both = longest_chain(causal, n), longest_chain(ism, n)
+        by_causal = longest_chain(causal, n)
+        by_ism = longest_chain(ism, n)
         backward = longest_chain(causal, n, backward=True)
-        lines.append(f"{n:6}   {forward:6}   {both:3}   {backward:6}")
+        lines.append(f"{n:6}   {by_causal:6}   {by_ism:3}   {backward:6}")
     one, two = gpts_apart(1), gpts_apart(2)
     lines += [
         "With one layer they are even, and not in this game alone: in a random GPT the logits of",
@@ -566,7 +570,8 @@ def longest_chain(mask, n_layer, backward=False):
 def gpts_apart(n_layer):
     """By how much the logits of an answer differ between ISM and causal, in a random GPT."""
     segments = torch.tensor([[1] * 8 + [2] * 4])
-    tokens, model = torch.arange(12)[None], gpt(n_layer)
+    tokens = torch.arange(12)[None]  # (1, T)
+    model = gpt(n_layer)
     off = model(tokens, ism(segments)) - model(tokens, causal(segments))  # (1, T, V)
     return float(off[0, 7:].abs().max())
 

@@ -149,14 +149,15 @@ def main():
         s = machine.parse(Settings, "Write a page that shows what each mask does.")
         out = Path(s.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer, model, trained = Tokenizer(), None, ""
         if s.ckpt:
             chat = load_chat(s.ckpt, "cpu", "float32")
-            tokenizer, model = chat.tokenizer, chat.model
             trained = next(name for name, mask in MASKS.items() if mask is chat.mask)
-        text = page(examples(tokenizer), tokenizer, model, trained)
+            text = page(examples(chat.tokenizer), chat.tokenizer, chat.model, trained)
+        else:
+            tokenizer = Tokenizer()
+            text = page(examples(tokenizer), tokenizer)
         out.write_text(text, encoding="utf-8")
-    more = "" if model else " (--ckpt out/ckpt.pt adds a model)"
+    more = "" if s.ckpt else " (--ckpt out/ckpt.pt adds a model)"
     print(f"{out}: {len(text) // 1000:,} kB; open it in a browser{more}")
 
 

@@ -2,7 +2,7 @@
 What a mask computes: linear attention on linear regression in context.
 
     python demos/theory.py            minutes
-    python demos/theory.py --quick    some seconds: fewer draws, layers and training steps
+    python demos/theory.py --quick    half a minute: fewer draws, layers and training steps
 
 The claim of the paper: under ISM the final query is read by batch gradient descent, which converges
 linearly to the least-squares optimum w*, and earlier tokens keep the online updates of a causal
@@ -57,7 +57,7 @@ from demos.output import check_writable, color, picture, plt, table
 from mask import MASKS, causal, dense, ism, one_pass
 from model import GPT, GPTConfig, choose_attention
 
-# The letters in the shapes: B random draws of the task, n examples, T tokens, and
+# The letters in the shapes: B random draws of the task, n examples, T tokens, and these.
 D = 16  # dimensions of an input
 N = 60  # examples in a dialogue
 LENGTHS = [1, 2, 3, 5, 10, 12, 15, 20, 30, 60]  # examples in one query: 1 is causal, N is prefix
@@ -67,7 +67,7 @@ LENGTHS = [1, 2, 3, 5, 10, 12, 15, 20, 30, 60]  # examples in one query: 1 is ca
 class Settings:
     """How much is computed and where it goes. Each field is a flag of the command line."""
 
-    quick: bool = setting(False, "fewer draws, layers and steps: some seconds")
+    quick: bool = setting(False, "fewer draws, layers and steps: half a minute")
     json: str = setting("", "write all figures to this file")
     out: str = setting(picture("theory"), "the picture")
 
@@ -93,6 +93,7 @@ def dialogue(X, y, length=N):
     all unit vectors: their residuals are -w.
     """
     X, y = torch.as_tensor(X), torch.as_tensor(y)
+    # An example is [x, x, y], a token that asks is [0, x, 0].
     examples = torch.cat([X, X, y[..., None]], 2)  # (B, n, 2D + 1)
     asks = torch.zeros(len(X), D, 2 * D + 1, dtype=X.dtype)
     asks[:, :, D:-1] = torch.eye(D)
@@ -111,13 +112,12 @@ def dialogue(X, y, length=N):
 
 def matrices(d, eta):
     """K and Q (d, 2d + 1), V (1, 2d + 1), O (2d + 1, 1) for inputs of d dimensions."""
-    eye = torch.eye(d, dtype=torch.float64)
-    zero = torch.zeros(d, d, dtype=torch.float64)
-    K = torch.cat([eye, zero, zero[:, :1]], 1)
-    Q = torch.cat([zero, eye, zero[:, :1]], 1)
-    V = torch.zeros(1, 2 * d + 1, dtype=torch.float64)
-    V[0, -1] = 1
-    return K, Q, V, -eta * V.T
+    unit = torch.eye(2 * d + 1, dtype=torch.float64)
+    K = unit[:d]  # reads the key half
+    Q = unit[d:-1]  # reads the query half
+    V = unit[-1:]  # reads the residual
+    O = -eta * V.T  # writes to the residual
+    return K, Q, V, O
 
 
 def masked_scores(tokens, f, K, Q):
@@ -130,7 +130,9 @@ def residuals(tokens, f, eta, layers):
     K, Q, V, O = matrices(tokens.shape[2] // 2, eta)
     carried = [tokens[..., -1]]
     for _ in range(layers):
-        tokens = tokens + masked_scores(tokens, f, K, Q) @ (tokens @ V.T) @ O.T  # (B, T, 2d + 1)
+        values = tokens @ V.T  # (B, T, 1)
+        sums = masked_scores(tokens, f, K, Q) @ values  # (B, T, 1)
+        tokens = tokens + sums @ O.T  # (B, T, 2d + 1)
         carried.append(tokens[..., -1])
     return torch.stack(carried)
 
@@ -281,12 +283,14 @@ def final_query(draws, layers):
     zero_labels = batch_descent(more_X, more_y, eta, layers)
 
     descent = batch_descent(X, y, eta, layers)
-    rows = [{
-        "mask": name,
-        "layers_vs_batch_descent": gap(read, descent),
-        "layers_vs_prefix": gap(read, reads["prefix"]),
-        "error": squared_error(read, w).mean(1).tolist(),
-    } for name, read in reads.items()]
+    rows = []
+    for name, read in reads.items():
+        rows.append({
+            "mask": name,
+            "layers_vs_batch_descent": gap(read, descent),
+            "layers_vs_prefix": gap(read, reads["prefix"]),
+            "error": squared_error(read, w).mean(1).tolist(),
+        })
     table(f"1. All {N} examples in the final query: {D} dimensions, {draws} draws, no noise, step "
           f"{eta:.4f};\n   the largest difference of w over {layers} layers", rows)
 
@@ -352,7 +356,7 @@ def follow_causal(mean, noise, layers):
     f = causal(segments)
     eta = batch_step(X)
     r = residuals(tokens, f, eta, layers)  # (layers + 1, B, T)
-    # The longest step that would do if the examples were taken one by one.
+    # A longer step, with which each example alone would still not overshoot.
     long_step = 1 / (X**2).sum(2).max()
     far = residuals(tokens, f, long_step, layers)  # (layers + 1, B, T)
     return {
