@@ -47,6 +47,8 @@ def check_writable(*paths, json=""):
 
 
 def spelled(value):
+    if value is None:
+        return "-"
     if isinstance(value, bool) or isinstance(value, str):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -1,110 +1,164 @@
 """
-A page to look at: one HTML file that needs no network. Pick a dialogue or type one, and see what each mask lets each token see,
-what a chat keeps in its cache from turn to turn, and, with a checkpoint, where a model looks and what it would say.
+A page to look at: one HTML file, which needs no network.
 
-    python demos/page.py [--ckpt out/ckpt.pt] [--out out/page.html]
+    python demos/page.py                        what each mask does
+    python demos/page.py --ckpt out/ckpt.pt     and what a trained model does under it
 
-The page is demos/page.html with what is computed here put into it: f, from mask.py, and the cache entries that each turn
-may keep. It computes both for typed dialogues itself, and checks itself against these when it opens.
+Pick a dialogue or type one. Point at a token and see what each mask lets it see, what a chat keeps
+in its cache from turn to turn and, with a checkpoint, where a model looks and what it would say.
+
+The page is demos/page.html with what is computed here put into it: for each turn and mask f, from
+mask.py, and how many entries of the cache hold. For typed dialogues the page computes both itself,
+and when it opens it checks itself against what stands here.
 """
 import base64
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import model as model_module
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import machine
 from data.dialogues import generate
-from data.machine import Parser
+from data.machine import setting
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
+from model import choose_attention
 from sample import load_chat
 
-ANNA = [{"role": "user", "content": "My name is Anna."}, {"role": "assistant", "content": "Noted. Your name is Anna."},
-        {"role": "user", "content": "What is my name?"}, {"role": "assistant", "content": "Your name is Anna."}]
+ANNA = [
+    {"role": "user", "content": "My name is Anna."},
+    {"role": "assistant", "content": "Noted. Your name is Anna."},
+    {"role": "user", "content": "What is my name?"},
+    {"role": "assistant", "content": "Your name is Anna."},
+]
+
+
+@dataclass
+class Settings:
+    """Each field is a flag of the command line."""
+
+    ckpt: str = setting("", "a checkpoint of train.py, out/ckpt.pt say, to see what its model does")
+    out: str = setting("out/page.html", "where the page goes")
 
 
 def examples(tokenizer):
-    """Name -> messages: one short dialogue, and of some families one that no model was trained on."""
+    """Name -> messages: a short dialogue, and of four families one that is in no training data."""
     found = {"What is my name?": ANNA}
     for family in ("recollection", "follow-up", "refinement", "reasoning"):
-        found[family] = next(dialogue["messages"] for dialogue in generate("test", 1000, families=(family,))
-                             if 5 < len(dialogue["messages"]) and len(tokenizer.encode_dialogue(dialogue["messages"])[0]) < 100)
+        for dialogue in generate("test", 1000, families=(family,)):
+            messages = dialogue["messages"]
+            tokens, _ = tokenizer.encode_dialogue(messages)
+            # Some turns, and yet no more tokens than a screen has room for.
+            if len(messages) > 5 and len(tokens) < 100:
+                found[family] = messages
+                break
     return found
 
 
 def look(model, tokens, f):
-    """What the model does with tokens (1, T) under f: the attention weights (L, H, T, T), the probabilities (T, V) of what follows."""
-    weights, attention = [], model_module.attention
+    """A model reads tokens (1, T) under f -> its attention weights (L, H, T, T), and the
+    probabilities (T, V) of what follows each token.
+    """
+    T = tokens.shape[1]
+    attend = choose_attention(f, T, tokens.device)
+    weights = []
 
-    def record(q, k, v, *rest):
-        one_hot = torch.eye(k.shape[2]).expand(*k.shape[:3], -1)  # with these as values the output is the weights
-        weights.append(attention(q, k, one_hot, *rest)[0])
-        return attention(q, k, v, *rest)
+    def record(q, k, v):
+        # Attention mixes values by its weights. With unit vectors as values, it gives the weights.
+        units = torch.eye(T).expand(*k.shape[:3], T)  # (1, Hkv, T, T)
+        weights.append(attend(q, k, units)[0])  # (H, T, T)
+        return attend(q, k, v)
 
-    model_module.attention = record
-    try:
-        probabilities = model(tokens, f)[0].float().softmax(-1)
-    finally:
-        model_module.attention = attention
-    return torch.stack(weights), probabilities
+    logits = model.layers(tokens, record, torch.arange(T), T)  # (1, T, V)
+    return torch.stack(weights), logits[0].float().softmax(-1)
 
 
-def seen(model, tokenizer, tokens, f):
-    """What the page shows of `look`: the weights as bytes, and after each token the likeliest next ones and the true one."""
+def model_data(model, tokenizer, tokens, f):
+    """What the page shows of `look`. The weights are bytes, to keep the page small."""
     weights, probabilities = look(model, torch.tensor([tokens]), f)
-    top = probabilities.topk(5)
+    raw = (255 * weights).round().byte().numpy().tobytes()
+    # After each token but the last: the probability of the one that does follow.
     following = [round(float(p[token]), 4) for p, token in zip(probabilities, tokens[1:])]
-    return {"weights": base64.b64encode((255 * weights).round().byte().numpy().tobytes()).decode(), "following": following,
-            "top": [[[tokenizer.decode([token]), round(p, 4)] for token, p in zip(*row)]
-                    for row in zip(top.indices.tolist(), top.values.tolist())]}
+    # After each token: the five that are likeliest.
+    top = []
+    values, ids = probabilities.topk(5)  # (T, 5) each
+    for row, row_ids in zip(values.tolist(), ids.tolist()):
+        top.append([[tokenizer.decode([token]), round(p, 4)] for token, p in zip(row_ids, row)])
+    return {"weights": base64.b64encode(raw).decode(), "following": following, "top": top}
+
+
+def turn_ends(segments):
+    """How many tokens stand up to the end of each answer."""
+    T = len(segments)
+    ends = []
+    for j in range(1, T + 1):
+        ends_here = j == T or segments[j] != segments[j - 1]
+        if ends_here and segments[j - 1] % 2 == 0:
+            ends.append(j)
+    return ends
 
 
 @torch.inference_mode()
 def describe(name, messages, tokenizer, model=None):
-    """A dialogue as the page takes it: its tokens, and by turn and mask f, what the cache keeps, what the model does."""
+    """A dialogue as the page takes it: tokens, segments, and for each turn and mask what it is."""
     tokens, segments = tokenizer.encode_dialogue(messages)
-    ends = [j for j in range(1, len(tokens) + 1) if segments[j - 1] % 2 == 0 and segments[j - 1 : j] != segments[j : j + 1]]
-    turns, before = [], {mask: torch.zeros(1, 0) for mask in MASKS}
-    for end in ends:
+    before = {mask: torch.zeros(1, 0, dtype=torch.long) for mask in MASKS}
+    turns = []
+    for end in turn_ends(segments):
+        # f of the dialogue as it stands at this turn's end, and what of the cache holds under it.
         fs = {name: mask(torch.tensor([segments[:end]])) for name, mask in MASKS.items()}
-        turn = {"f": {mask: f[0].tolist() for mask, f in fs.items()}, "kept": {mask: reusable(before[mask], f) for mask, f in fs.items()}}
-        if model:
-            turn["model"] = {mask: seen(model, tokenizer, tokens[:end], f) for mask, f in fs.items()}
+        turn = {
+            "f": {mask: f[0].tolist() for mask, f in fs.items()},
+            "kept": {mask: reusable(before[mask], f) for mask, f in fs.items()},
+        }
+        if model is not None:
+            turn["model"] = {
+                mask: model_data(model, tokenizer, tokens[:end], f) for mask, f in fs.items()
+            }
         turns.append(turn)
         before = fs
-    return {"name": name, "tokens": [tokenizer.decode([token]) for token in tokens], "segments": segments, "turns": turns}
+    pieces = [tokenizer.decode([token]) for token in tokens]
+    return {"name": name, "tokens": pieces, "segments": segments, "turns": turns}
 
 
 def page(dialogues, tokenizer, model=None, trained=""):
-    """The page as text. dialogues: name -> messages that end with an answer; trained: the name of the model's mask."""
-    shown = [describe(name, messages, tokenizer, model) for name, messages in dialogues.items()]
-    data = {"dialogues": shown, "masks": list(MASKS), "model": None}
-    if model:
-        data["model"] = {"mask": trained, "layers": model.config.n_layer, "heads": model.config.n_head}
+    """The page as text. dialogues: name -> messages that end with an answer.
+
+    trained: the name of the mask under which the model was trained.
+    """
+    data = {
+        "dialogues": [
+            describe(name, messages, tokenizer, model) for name, messages in dialogues.items()
+        ],
+        "masks": list(MASKS),
+        "model": None,
+    }
+    if model is not None:
+        layers, heads = model.config.n_layer, model.config.n_head
+        data["model"] = {"mask": trained, "layers": layers, "heads": heads}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))  # a "</script>" in a text ends nothing
+    # Without a "<" no text of a dialogue can end the script that the data stands in.
+    return template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))
 
 
 def main():
-    parser = Parser(description="Write the page.", allow_abbrev=False)
-    parser.add_argument("--ckpt", metavar="FILE", default="", help="a checkpoint of train.py, e.g. out/ckpt.pt, to see what its model does")
-    parser.add_argument("--out", metavar="FILE", default="out/page.html", help="where the page goes (out/page.html)")
-    a = parser.parse_args()
-    try:
-        out = Path(a.out)
+    with machine.errors_in_one_line("a smaller model takes less"):
+        s = machine.parse(Settings, "Write a page that shows what each mask does.")
+        out = Path(s.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        chat = load_chat(a.ckpt, "cpu", "float32") if a.ckpt else None
-        tokenizer = chat.tokenizer if chat else Tokenizer()
-        model, trained = (chat.model, next(name for name, mask in MASKS.items() if mask is chat.mask)) if chat else (None, "")
-        text = page(examples(tokenizer), tokenizer, model, trained)
+        if s.ckpt:
+            chat = load_chat(s.ckpt, "cpu", "float32")
+            trained = next(name for name, mask in MASKS.items() if mask is chat.mask)
+            text = page(examples(chat.tokenizer), chat.tokenizer, chat.model, trained)
+        else:
+            tokenizer = Tokenizer()
+            text = page(examples(tokenizer), tokenizer)
         out.write_text(text, encoding="utf-8")
-    except (ValueError, OSError) as error:
-        sys.exit(f"page.py: {error}")
-    print(f"{out}: {len(text) // 1000:,} kB; open it in a browser" + ("" if chat else " (--ckpt out/ckpt.pt adds a model)"))
+    more = "" if s.ckpt else " (--ckpt out/ckpt.pt adds a model)"
+    print(f"{out}: {len(text) // 1000:,} kB; open it in a browser{more}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The mask demo: its figures against formulas and loops that know nothing of mask.py, and its two pictures."""
+"""The mask demo: its figures against formulas and loops that know nothing of mask.py."""
 import json
 import subprocess
 import sys
@@ -12,9 +12,12 @@ LAYERS = 3  # of the demo's GPT
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """The demo's figures, the folder of its pictures, and what it prints."""
     folder = tmp_path_factory.mktemp("masks")
-    flags = ["--quick", "--json", str(folder / "masks.json"), "--out", str(folder / "new" / "masks.png")]
-    done = subprocess.run([sys.executable, str(DEMO), *flags], capture_output=True, text=True, timeout=300)
+    flags = ["--quick", "--json", str(folder / "masks.json")]
+    flags += ["--out", str(folder / "new" / "masks.png")]
+    command = [sys.executable, str(DEMO), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "masks.json").read_text()), folder / "new", done.stdout
 
@@ -31,116 +34,139 @@ def lengths(segments):
 
 def naive(mask, segments):
     """f, from the words of the definitions."""
+    last_query = max(i for i, s in enumerate(segments) if s % 2 == 1)
     f = []
     for j, segment in enumerate(segments):
         if mask == "ism" and segment % 2 == 1:
             f.append(max(i for i, s in enumerate(segments) if s == segment) + 1)
         elif mask.startswith("prefix"):
-            f.append(max(j, max(i for i, s in enumerate(segments) if s % 2 == 1)) + 1)
+            f.append(max(j, last_query) + 1)
         else:
             f.append(j + 1)
     return f
+
+
+def triangle(n):
+    return n * (n + 1) // 2
 
 
 def expected(mask, segments):
     """tokens, attended pairs and trained tokens of one dialogue, by formula."""
     sizes, T = lengths(segments), len(segments)
     trained = sum(sizes[1::2])
-    if mask == "prefix":  # the copy of turn k: all up to the end of its query squared, then the answer's triangle
-        pairs = tokens = 0
-        for k in range(0, len(sizes), 2):
-            end, n = sum(sizes[:k + 1]), sizes[k + 1]
-            pairs, tokens = pairs + end * end + n * end + n * (n + 1) // 2, tokens + end + n
-        return tokens, pairs, trained
-    return T, T * (T + 1) // 2 + sum(n * (n - 1) // 2 for n in sizes[::2]) * (mask == "ism"), trained
+    if mask == "causal":
+        return T, triangle(T), trained
+    if mask == "ism":  # a query of n tokens has as many pairs more as a triangle of n - 1
+        return T, triangle(T) + sum(triangle(n - 1) for n in sizes[::2]), trained
+    # The copy of a turn: all up to the end of its query is a square, then comes a triangle.
+    tokens = pairs = 0
+    for k in range(0, len(sizes), 2):
+        end, n = sum(sizes[: k + 1]), sizes[k + 1]
+        tokens += end + n
+        pairs += end * end + n * end + triangle(n)
+    return tokens, pairs, trained
 
 
 def counted(row):
     return row["tokens"], row["attended pairs"], row["trained tokens"]
 
 
-def test_pictures_and_tables(run):
+def test_the_pictures_are_there_and_the_tables_hold_the_figures(run):
     figures, folder, text = run
     for name in ("masks.png", "masks-properties.png"):
         picture = (folder / name).read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
         assert int.from_bytes(picture[16:20], "big") == 1800  # pixels wide: 900, twice as sharp
-    assert all(title in text for title in ("This dialogue", "training dialogues", "No leak", "Cacheable"))
+    for title in ("This dialogue", "training dialogues", "No leak", "Cacheable"):
+        assert title in text
+    printed = [line.split() for line in text.splitlines()]
     for row in figures["counts"] + figures["train"]:
-        assert " ".join([row["mask"], *(f"{row[k]:,}" for k in list(row)[1:])]) in " ".join(text.split())
+        cells = [row["mask"], *(f"{row[name]:,}" for name in list(row)[1:])]
+        assert f"| {' | '.join(cells)} |".split() in printed
 
 
 def test_the_dialogue_and_its_copies(figures):
     assert figures["labels"][0] == "<|user|>" and figures["labels"][-1] == "<|end|>"
-    assert [part["mask"] for part in figures["parts"]] == ["causal", "prefix, turn 1", "prefix, turn 2", "ism"]
+    names = [part["mask"] for part in figures["parts"]]
+    assert names == ["causal", "prefix, turn 1", "prefix, turn 2", "ism"]
     q1, a1, q2, a2 = lengths(figures["segments"])
-    assert [len(part["f"]) for part in figures["parts"]] == [q1 + a1 + q2 + a2, q1 + a1] + 2 * [q1 + a1 + q2 + a2]
+    T = q1 + a1 + q2 + a2
+    assert [len(part["f"]) for part in figures["parts"]] == [T, q1 + a1, T, T]
     for part in figures["parts"]:
-        assert part["f"] == naive(part["mask"], figures["segments"][:len(part["f"])])
+        assert part["f"] == naive(part["mask"], figures["segments"][: len(part["f"])])
 
 
-def test_counts_of_the_dialogue(figures):
+def test_counts_of_the_dialogue_are_those_of_the_formulas(figures):
     for row in figures["counts"]:
         assert counted(row) == expected(row["mask"], figures["segments"])
 
 
-def test_counts_of_the_training_data(figures):
+def test_counts_of_the_training_data_are_those_of_the_formulas(figures):
     from data.dialogues import generate
     from data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer()
     train = [tokenizer.encode_dialogue(d["messages"])[1] for d in generate("train", 50)]
     for row in figures["train"]:
-        assert counted(row) == tuple(map(sum, zip(*(expected(row["mask"], segments) for segments in train))))
+        each = [expected(row["mask"], segments) for segments in train]
+        assert counted(row) == tuple(map(sum, zip(*each)))
     causal, prefix, ism = (counted(row) for row in figures["train"])
     assert causal[2] == prefix[2] == ism[2]
     assert causal[0] == ism[0] < prefix[0] and causal[1] < ism[1] < prefix[1]
 
 
 def test_trained_are_the_answers_each_once(figures):
-    answers = [j - 1 for j, s in enumerate(figures["segments"]) if s % 2 == 0]  # the positions that predict them
+    # The positions that predict an answer's tokens.
+    answers = [j - 1 for j, s in enumerate(figures["segments"]) if s % 2 == 0]
     for mask in ("causal", "prefix", "ism"):
-        assert sorted(j for part in figures["parts"] if mask in part["mask"] for j in part["trained"]) == answers
+        parts = [part for part in figures["parts"] if mask in part["mask"]]
+        assert sorted(j for part in parts for j in part["trained"]) == answers
 
 
-def test_logits_that_move(figures):
+def test_the_logits_that_move_are_those_within_reach(figures):
     """Just those that the changed token reaches within the GPT's layers."""
     for part in figures["parts"]:
-        T = len(part["f"])
+        f, T = part["f"], len(part["f"])
         assert len(part["moved"]) == T
         for i, moved in enumerate(part["moved"]):
             reached = {i}
             for _ in range(LAYERS):
-                reached |= {j for j in range(T) if any(k < part["f"][j] for k in reached)}
+                reached |= {j for j in range(T) if any(k < f[j] for k in reached)}
             assert moved == sorted(reached)
 
 
-def test_no_leak(figures):
-    before = {}
+def test_no_logit_that_is_trained_knows_its_future(figures):
+    counts = []
     for part in figures["parts"]:
-        before[part["mask"]] = [(i, j) for i, moved in enumerate(part["moved"]) for j in moved if j < i]
-        assert not [j for _, j in before[part["mask"]] if j in part["trained"]]
+        before = [j for i, moved in enumerate(part["moved"]) for j in moved if j < i]
+        assert not set(before) & set(part["trained"])
+        counts.append(len(before))
     q1, a1, q2, _ = lengths(figures["segments"])
-    assert [len(pairs) for pairs in before.values()] == [
-        0, q1 * (q1 - 1) // 2, (q1 + a1 + q2) * (q1 + a1 + q2 - 1) // 2, q1 * (q1 - 1) // 2 + q2 * (q2 - 1) // 2]
+    # Within a query, and under prefix within all up to its end, all see each other.
+    queries = triangle(q1 - 1) + triangle(q2 - 1)
+    assert counts == [0, triangle(q1 - 1), triangle(q1 + a1 + q2 - 1), queries]
 
 
-def test_cacheable(figures):
+def test_the_cache_is_stale_where_f_says_so(figures):
     segments = figures["segments"]
     ends = [j for j in range(1, len(segments)) if segments[j] != segments[j - 1]]
-    assert [(c["mask"], c["cut"]) for c in figures["cuts"]] == [(m, e) for m in ("causal", "prefix", "ism") for e in ends]
-    for c in figures["cuts"]:
-        pairs = zip(naive(c["mask"], segments[:c["cut"]]), naive(c["mask"], segments))
-        assert c["f_changed"] == [j for j, (cut, whole) in enumerate(pairs) if cut != whole]
-        assert c["stale"] == list(range(c["reusable"], c["cut"]))  # measured with the GPT, and read off f
-        if c["mask"] == "prefix" and c["cut"] < ends[-1]:
-            assert c["f_changed"] == c["stale"] == list(range(c["cut"]))
+    wanted = [(mask, end) for mask in ("causal", "prefix", "ism") for end in ends]
+    assert [(cut["mask"], cut["cut"]) for cut in figures["cuts"]] == wanted
+    for cut in figures["cuts"]:
+        mask, end = cut["mask"], cut["cut"]
+        pairs = zip(naive(mask, segments[:end]), naive(mask, segments))
+        assert cut["f_changed"] == [j for j, (part, whole) in enumerate(pairs) if part != whole]
+        # Measured with the GPT on the left, read off f on the right.
+        assert cut["stale"] == list(range(cut["reusable"], end))
+        if mask == "prefix" and end < ends[-1]:
+            assert cut["f_changed"] == cut["stale"] == list(range(end))
         else:
-            assert not c["f_changed"] and not c["stale"]
+            assert not cut["f_changed"] and not cut["stale"]
 
 
 @pytest.fixture
 def main(monkeypatch):
+    """Call the demo's main with flags -> what it ends with."""
     from demos import masks
 
     def call(*flags):
@@ -154,13 +180,30 @@ def main(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--json", "--out"])
 def test_a_path_that_cannot_be_written_is_one_line(main, flag, tmp_path):
-    error = main("--quick", "--out", str(tmp_path / "masks.png"), flag, "/dev/null/file")
+    out = str(tmp_path / "masks.png")
+    error = main("--quick", "--out", out, flag, "/dev/null/file")
     assert error.startswith("masks.py: cannot write /dev/null/file") and "\n" not in error
 
 
-def test_flags(main, capsys):
+def test_a_wrong_flag_is_one_line_and_help_names_all_flags(main, capsys):
     error = main("--quik")
     assert error.startswith("masks.py: unrecognized arguments: --quik") and "\n" not in error
     assert main("--help") == 0
     text = capsys.readouterr().out
     assert all(flag in text for flag in ("--quick", "--json", "--out"))
+
+
+def test_a_mask_of_ones_own_is_drawn_too(monkeypatch, tmp_path):
+    """It gets a panel: the first picture grows by a row of panels, from two to three."""
+    from demos import masks
+
+    def near(segments):
+        return (masks.MASKS["causal"](segments) + 2).minimum(masks.MASKS["ism"](segments))
+
+    monkeypatch.setitem(masks.MASKS, "near", near)
+    figures = masks.measure(1)
+    assert [row["mask"] for row in figures["counts"]] == ["causal", "prefix", "ism", "near"]
+    masks.draw_masks(figures, tmp_path / "masks.png")
+    masks.draw_properties(figures, tmp_path / "properties.png")
+    picture = (tmp_path / "masks.png").read_bytes()
+    assert int.from_bytes(picture[20:24], "big") == 2490  # pixels high, of two rows 1660

@@ -1,25 +1,26 @@
-"""The theory demo: the layers of linear attention against the closed forms, to the tolerances that it claims."""
+"""The theory demo: the layers of linear attention against the closed forms, as close as it says."""
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-DEMO = Path(__file__).resolve().parent.parent / "demos" / "theory.py"
+from conftest import ROOT
 
 
 def demo(*flags):
-    return subprocess.run([sys.executable, str(DEMO), *flags], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(ROOT / "demos" / "theory.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """The demo's figures, its picture, and what it prints."""
     folder = tmp_path_factory.mktemp("theory")
-    done = demo("--quick", "--json", str(folder / "theory.json"), "--out", str(folder / "new" / "theory.png"))
+    figures, picture = folder / "theory.json", folder / "new" / "theory.png"
+    done = demo("--quick", "--json", str(figures), "--out", str(picture))
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / "theory.json").read_text()), folder / "new" / "theory.png", done.stdout
+    return json.loads(figures.read_text()), picture, done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,13 @@ def by_mask(figures, part):
     return {row["mask"]: row for row in figures[part]["rows"]}
 
 
-def test_table_and_picture(run):
+def test_each_part_has_its_table_and_there_is_a_picture(run):
     _, picture, text = run
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
     assert all(f"\n{i}. " in text for i in range(1, 6))
+    for name in ("layers_vs_prefix", "max_r_long_step", "predicted", "layers_vs_solve", "expected",
+                 "one_turn_more", "linear_at_last_turn"):
+        assert any(name in line for line in text.splitlines() if line.startswith("| "))
 
 
 def test_final_query_is_batch_gradient_descent(figures):
@@ -48,13 +52,15 @@ def test_final_query_is_batch_gradient_descent(figures):
 
 def test_final_query_converges_linearly(figures):
     part = figures["final_query"]
-    for measured, predicted in zip(part["factor_measured"], part["factor_predicted"], strict=True):
+    pairs = zip(part["factor_measured"], part["factor_predicted"], strict=True)
+    for measured, predicted in pairs:
         assert measured == pytest.approx(predicted, rel=0.01)
         assert math.log(measured) == pytest.approx(math.log(predicted), rel=0.01)
 
 
 def test_a_token_that_asks_must_have_no_key(figures):
-    assert by_mask(figures, "final_query")["ism, asking with keys"]["layers_vs_batch_descent"] > 1e-3
+    rows = by_mask(figures, "final_query")
+    assert rows["ism, asking with keys"]["layers_vs_batch_descent"] > 1e-3
     assert figures["final_query"]["keys_vs_zero_labels"] < 1e-10
 
 
@@ -83,7 +89,8 @@ def test_spread_over_turns_is_a_sweep_of_block_kaczmarz(figures):
         assert row["layers_vs_online"] < 1e-10
         assert row["solve_vs_kaczmarz"] < 1e-10
         assert abs(row["error"] - row["expected"]) < 5 * row["standard_error"] + 1e-25
-    # from causal at one end to prefix at the other; w* exactly once a query holds as many examples as dimensions
+    # From causal at one end to prefix at the other. It is w* exactly once a query holds as many
+    # examples as there are dimensions.
     errors = [row["error"] for row in rows if row["length"] < 16]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.01
     assert all(row["error"] < 1e-25 for row in rows if row["length"] >= 16)
@@ -98,13 +105,16 @@ def test_earlier_turns_keep_their_values(figures):
 
 
 def test_noise_is_worst_where_a_query_just_fits(figures):
-    error = {row["length"]: row["error"] for row in figures["noise"]["rows"]}
-    assert error[15] > error[10] > error[1] > error[60] and error[15] > error[20] > error[30] > error[60]
-    for row in figures["noise"]["rows"]:
+    rows = figures["noise"]["rows"]
+    error = {row["length"]: row["error"] for row in rows}
+    assert error[15] > error[10] > error[1] > error[60]
+    assert error[15] > error[20] > error[30] > error[60]
+    for row in rows:
         if row["expected"]:
             assert abs(row["error"] - row["expected"]) < 5 * row["standard_error"]
-    there = [row["error_there"] for row in figures["noise"]["rows"]]
-    assert there == sorted(there, reverse=True)  # stopped in time, longer queries are better
+    # Stopped in time, longer queries are better.
+    there = [row["error_there"] for row in rows]
+    assert there == sorted(there, reverse=True)
 
 
 def test_trained_part_reports_each_seed(figures):
@@ -112,17 +122,20 @@ def test_trained_part_reports_each_seed(figures):
     assert set(rows) == {"causal", "prefix", "ism"}
     for row in rows.values():
         assert all(math.isfinite(e) for seed in row["errors"] for e in seed)
-    assert rows["ism"]["linear"][-1] < 1e-10 < rows["causal"]["linear"][-1]  # 8 examples in 4 dimensions
+    # 8 examples in 4 dimensions: enough for ISM, not for causal.
+    assert rows["ism"]["linear"][-1] < 1e-10 < rows["causal"]["linear"][-1]
 
 
 @pytest.mark.parametrize("flag", ["--json", "--out"])
 def test_a_path_that_cannot_be_written_is_one_line(flag):
     done = demo("--quick", flag, "/dev/null/file")
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("theory.py: cannot write /dev/null/file") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("theory.py: cannot write /dev/null/file")
+    assert done.stderr.count("\n") == 1
 
 
-def test_flags():
+def test_a_wrong_flag_is_one_line_and_help_names_all_flags():
     assert all(flag in demo("--help").stdout for flag in ("--quick", "--json", "--out"))
     wrong = demo("--quik")
-    assert wrong.returncode == 1 and wrong.stderr.startswith("theory.py: unrecognized arguments: --quik") and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith("theory.py: unrecognized arguments: --quik")
