@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import dialogues
+from data import dialogues, talk, words
 from data.tokenizer import ROLES
 from mask import one_pass
 
@@ -58,31 +58,36 @@ def read_chats(path):
             yield messages
 
 
-def sources(data, n_dialogues, seed, mixed):
-    """Split name -> (how many dialogues, an iterator over them)."""
+# How many dialogues are held out of the synthetic ones, at most as many as there are to train on.
+HELD_OUT = {"val": 1000, "test": 2000, "new_words": 1000, "final_words": 1000}
+
+
+def sources(data, n_dialogues, seed, mixed, families):
+    """(how many dialogues, an iterator over them, each a split's name and a dialogue)."""
     if not data:
-        sizes = {"train": n_dialogues, "val": 1000, "test": 2000, "new_words": 1000}
-        sizes = {split: min(n, n_dialogues) for split, n in sizes.items()}
-        return {split: (n, dialogues.generate(split, n, seed, mixed=mixed)) for split, n in sizes.items()}
+        sizes = {"train": n_dialogues, **{split: min(n, n_dialogues) for split, n in HELD_OUT.items()}}
+        return sum(sizes.values()), dialogues.deal(sizes, seed, families, mixed)
     chats = list({json.dumps(messages): {"messages": messages, "family": "chats"} for messages in read_chats(data)}.values())
     if len(chats) < 3:
         raise ValueError(f"{data} has {len(chats)} different dialogues; at least 3 are needed, to train, tune and test on")
     chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())  # an order that is not the file's
     n = max(1, min(1000, len(chats) // 20))
-    parts = {"val": chats[:n], "test": chats[n : 2 * n], "train": chats[2 * n :]}
-    return {split: (len(part), iter(part)) for split, part in parts.items()}
+    splits = ["val"] * n + ["test"] * n + ["train"] * (len(chats) - 2 * n)
+    return len(chats), zip(splits, chats)
 
 
-def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
+def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, families=tuple(dialogues.FAMILIES)):
     """Write the splits to data/cache, unless they are there already, and return their folder.
 
-    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues, mixed as data/dialogues.py says. Dialogues longer than block_size
-    are cut after the last answer that fits; those without one are dropped. ValueError for a bad file.
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families, mixed as data/dialogues.py
+    says. Dialogues longer than block_size are cut after the last answer that fits; those without one are dropped.
+    ValueError for a bad file.
     """
-    key = hashlib.sha256(repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed)).encode())
-    with open(data or dialogues.__file__, "rb") as origin:
-        for part in iter(lambda: origin.read(1 << 20), b""):
-            key.update(part)
+    key = hashlib.sha256(repr((tokenizer.identity, block_size, bool(data), n_dialogues, seed, mixed, families)).encode())
+    for path in [data] if data else [dialogues.__file__, talk.__file__, words.__file__]:
+        with open(path, "rb") as origin:
+            for part in iter(lambda: origin.read(1 << 20), b""):
+                key.update(part)
     folder = CACHE / key.hexdigest()[:16]
     if folder.exists():
         return folder
@@ -90,7 +95,7 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
     partial = CACHE / f"{folder.name}.{os.getpid()}"  # renamed when whole, so that a broken run leaves no cache
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write_splits(partial, tokenizer, block_size, sources(data, n_dialogues, seed, mixed))
+        write_splits(partial, tokenizer, block_size, *sources(data, n_dialogues, seed, mixed, families))
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,25 +104,26 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False):
     return folder
 
 
-def write_splits(folder, tokenizer, block_size, parts):
-    """Encode each split into a new folder, see `prepare`."""
+def write_splits(folder, tokenizer, block_size, n, items):
+    """Encode n items, each a split's name and a dialogue, into a new folder, see `prepare`."""
     folder.mkdir()
+    encoded = {}  # split -> tokens, segments, offsets, families
     cut = dropped = 0
-    for split, (n, items) in parts.items():
-        tokens, segments, offsets, families = array("I"), array("H"), [0], []
-        for item in tqdm(items, total=n, desc=f"prepare {split}", unit=" dialogues", leave=False):
-            t, s = tokenizer.encode_dialogue(item["messages"])
-            if len(t) > block_size or max(s, default=0) < 2:
-                ends = [i for i in range(1, min(len(t), block_size + 1)) if s[i - 1] % 2 == 0 and s[i] != s[i - 1]]
-                cut, dropped = cut + bool(ends), dropped + (not ends)
-                t, s = t[: max(ends, default=0)], s[: max(ends, default=0)]
-            if t:
-                tokens.extend(t)
-                segments.extend(s)
-                offsets.append(len(tokens))
-                families.append(item["family"])
-        if split == "train" and not families:
-            raise ValueError(f"none of the dialogues to train on has an answer that fits into {block_size} tokens; raise --block_size")
+    for split, item in tqdm(items, total=n, desc="prepare", unit=" dialogues", leave=False):
+        tokens, segments, offsets, families = encoded.setdefault(split, (array("I"), array("H"), [0], []))
+        t, s = tokenizer.encode_dialogue(item["messages"])
+        if len(t) > block_size or max(s, default=0) < 2:
+            ends = [i for i in range(1, min(len(t), block_size + 1)) if s[i - 1] % 2 == 0 and s[i] != s[i - 1]]
+            cut, dropped = cut + bool(ends), dropped + (not ends)
+            t, s = t[: max(ends, default=0)], s[: max(ends, default=0)]
+        if t:
+            tokens.extend(t)
+            segments.extend(s)
+            offsets.append(len(tokens))
+            families.append(item["family"])
+    if not encoded["train"][3]:
+        raise ValueError(f"none of the dialogues to train on has an answer that fits into {block_size} tokens; raise --block_size")
+    for split, (tokens, segments, offsets, families) in encoded.items():
         names = sorted(set(families))
         np.save(folder / f"{split}.tokens.npy", np.array(tokens, dtype=np.uint32))
         np.save(folder / f"{split}.segments.npy", np.array(segments, dtype=np.uint16))
