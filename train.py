@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.checkpoint import check_finite, load_state, restore, save_checkpoint
-from data.dialogues import NEW_CITIES, NEW_NAMES, PATTERNS
+from data.dialogues import FAMILIES, PATTERNS
 from data.hf import copy_small_files, from_pretrained, load_tokenizer, read_config
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer, one_line
+from data.words import NEW_CITIES, NEW_NAMES
 from mask import MASKS, annealed, loss_positions
 from model import GPT, GPTConfig
 
@@ -44,7 +45,8 @@ def setting(default, help, choices=None):
 class Settings:
     mask: str = setting("ism", "the attention mask", tuple(MASKS))
     data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
-    n_dialogues: int = setting(80000, "synthetic dialogues to train on")
+    n_dialogues: int = setting(30000, "synthetic dialogues to train on")
+    families: str = setting(",".join(FAMILIES), "families of synthetic dialogues to train and report on")
     mixed: bool = setting(True, "synthetic dialogues may change their subject, from one family to another")
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
     init_from: str = setting("", "a Hugging Face folder: start from its weights, with its sizes and tokenizer")
@@ -84,6 +86,9 @@ class Settings:
                 raise ValueError(f"--{f.name} must be at least {least}, not {getattr(self, f.name)}")
             if f.type is float and not 0 <= getattr(self, f.name) < float("inf"):
                 raise ValueError(f"--{f.name} must be a number from 0 on, not {getattr(self, f.name)}")
+        for name in self.families.split(","):
+            if name not in FAMILIES:
+                raise ValueError(f"--families has no '{name}'; there are {', '.join(FAMILIES)}, with a comma between them")
         self.learning_rate = self.learning_rate or (2e-5 if self.init_from else 1e-2)
 
 
@@ -396,7 +401,7 @@ def train(s, model=None):
     state = load_state(out / "ckpt.pt", config, tokenizer.identity, s.mask) if s.resume else None
     if LOCAL_RANK:  # the first process of a machine prepares the data, the others find them
         dist.barrier()
-    folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed, s.mixed)
+    folder = prepare(tokenizer, s.block_size, s.data, s.n_dialogues, s.seed, s.mixed, tuple(s.families.split(",")))
     if WORLD > 1 and not LOCAL_RANK:
         dist.barrier()
     split = Split(folder, "train")
@@ -459,7 +464,7 @@ def report(m, ckpt):
     """Print the table of a run's metrics, and how to chat with the model at `ckpt`."""
     print(f"\nHeld-out answers that are exactly right, whole      loss {m['loss']:.4f}, {m['seconds']:.0f} s")
     for title, key in (("by family", "accuracy"), ("by turn", "accuracy_by_turn"), ("that need a word never trained on", "accuracy_new_words")):
-        if key in m:
+        if m.get(key):  # none of some families' answers may need a new word
             print(f"  {title}")
             for name, value in m[key].items():
                 print(f"    {name:18} {value:6.1%}")

@@ -10,10 +10,10 @@ from test_chat import run
 from test_data import chat
 
 from data.checkpoint import load_checkpoint, save_checkpoint
-from data.dialogues import CITIES, NAMES
+from data.words import CITIES, NAMES
 from mask import MASKS
 from model import GPT, GPTConfig
-from train import Settings, equalize, learning_rate, make_optimizer, pick_dtype, train
+from train import Settings, equalize, learning_rate, make_optimizer, pick_dtype, report, train
 
 TINY = dict(n_dialogues=300, n_layer=2, n_head=2, n_embd=32, batch_size=2, block_size=256, eval_interval=10, dtype="float32", device="cpu")
 
@@ -140,6 +140,18 @@ def test_own_chats_train(tmp_path, monkeypatch):
     path.write_text("\n".join(chat(n) for n in range(10)), encoding="utf-8")
     metrics = train(Settings(**{**TINY, "data": str(path)}, max_iters=5, out_dir=str(tmp_path / "out")))
     assert list(metrics["accuracy"]) == ["chats"] and "accuracy_new_words" not in metrics
+
+
+def test_some_families_alone(tmp_path, capsys):
+    metrics = train(Settings(**TINY, families="follow-up,reasoning", max_iters=2, out_dir=str(tmp_path)))
+    assert set(metrics["accuracy"]) == {"follow-up", "reasoning", "mixed", "the four patterns"}
+    metrics = train(Settings(**TINY, families="follow-up", max_iters=2, out_dir=str(tmp_path)))
+    assert set(metrics["accuracy"]) == {"follow-up", "the four patterns"} and metrics["accuracy_new_words"] == {}
+    report(metrics, "out/ckpt.pt")
+    assert "never trained on" not in capsys.readouterr().out
+    done = run("train.py", "--families", "recolection,follow-up")
+    assert done.returncode == 1 and done.stderr == ("train.py: --families has no 'recolection'; there are recollection, expansion, "
+                                                    "refinement, follow-up, reasoning, induction, small talk, with a comma between them\n")
 
 
 def test_dtype_auto_is_one_of_the_two():
