@@ -480,10 +480,10 @@ def split_of(messages):
 
 
 def deal(sizes, seed=0, families=tuple(FAMILIES), mixed=False):
-    """Yield (split, dialogue) until each split has its size, {split: n}, deterministic from the seed.
+    """Yield (split, dialogue) until each split has its size, {split: n}.
 
-    All dialogues to train, tune and test on are of one stream, so that none is made in vain. Those of
-    new_words and final_words have names and cities of their own.
+    All dialogues to train, tune and test on are dealt from one stream, so that hardly one is made in
+    vain. Those of new_words and final_words have names and cities of their own.
     """
     left = dict(sizes)
     own = [split for split in left if split.endswith("_words")]
@@ -503,9 +503,9 @@ def deal(sizes, seed=0, families=tuple(FAMILIES), mixed=False):
 def generate(split, n, seed=0, families=tuple(FAMILIES), mixed=False):
     """Yield n dialogues {"messages": [...], "family": str} of a split, deterministic from the seed.
 
-    split: train, val, test, new_words or final_words. mixed: people change the subject, so three of
-    ten dialogues go on after one to three turns with one of another family; and people digress, so one
-    in ten is interrupted by a turn of small talk.
+    split: train, val, test, new_words or final_words.
+    mixed: people change the subject, so three of ten dialogues go on after one to three turns with
+    one of another family; and they digress, so one of ten is interrupted by a turn of small talk.
     """
     for _, dialogue in deal({split: n}, seed, families, mixed):
         yield dialogue

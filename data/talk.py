@@ -28,17 +28,19 @@ Nice to meet you too.
 Nice to meet you.|Pleased to meet you.|It is nice to meet you.|Glad to meet you.
 
 I am fine, thank you.
-How are you?|How are you doing?|How is it going?|What's up?|How do you do?|Are you well?|Are you OK?
-How are things?|Is everything all right?|How do you feel?|How was your day?|How have you been?
-How's it going?|Are you fine?|How are you today?|Sup?|How r u?
+How are you?|How are you doing?|How is it going?|What's up?|How do you do?|Are you well?
+Are you OK?|How are things?|Is everything all right?|How do you feel?|How was your day?
+How have you been?|How's it going?|Are you fine?|How are you today?|Sup?|How r u?
 
 You are welcome.
-Thanks.|Thank you.|Thank you very much.|Thanks a lot.|Many thanks.|Great, thanks.|Thank you so much.
-OK, thanks.|Thx.|Cheers.|That helps.|Thanks for your help.|I thank you.|Much appreciated.|Ty!
+Thanks.|Thank you.|Thank you very much.|Thanks a lot.|Many thanks.|Great, thanks.
+Thank you so much.|OK, thanks.|Thx.|Cheers.|That helps.|Thanks for your help.|I thank you.
+Much appreciated.|Ty!
 
 Goodbye!
 Bye.|Goodbye.|See you.|See you later.|Bye bye.|I have to go.|I must go now.|That is all.|Ciao!
-Talk to you later.|Farewell.|Quit.|Exit.|See you tomorrow.|I am leaving.|Until next time.|Stop.|End.
+Talk to you later.|Farewell.|Quit.|Exit.|See you tomorrow.|I am leaving.|Until next time.|Stop.
+End.
 
 Good night!
 Good night.|Night!|Sleep well.|I am going to bed.|Good night and thanks.|Sweet dreams.
@@ -51,8 +53,9 @@ Who is there?|What sort of thing are you?|Tell me who you are.|Who r u?
 
 No, I am a tiny language model.
 Are you human?|Are you a person?|Are you real?|Are you ChatGPT?|Are you GPT?|Are you alive?
-Do you have feelings?|Are you conscious?|Are you a man?|Are you a woman?|Do you think?|Can you feel?
-Are you a large language model?|Are you a real person?|Are you my friend?|Do you have a body?
+Do you have feelings?|Are you conscious?|Are you a man?|Are you a woman?|Do you think?
+Can you feel?|Are you a large language model?|Are you a real person?|Are you my friend?
+Do you have a body?
 
 Yes, I am a tiny language model.
 Are you a robot?|Are you a bot?|Are you a computer?|Are you an AI?|Are you a machine?
@@ -64,13 +67,14 @@ Tell me your name.|What should I call you?|May I know your name?|How are you cal
 What can I call you?|And your name?|What do they call you?|Ur name?
 
 I can remember facts, do small sums, edit lists and read short stories.
-What can you do?|Help.|Help me.|Help!|Help me please.|I need help.|What do you know?|What do you do?
-How can you help me?|What can I ask you?|What should I ask?|What are you good at?|Can you help me?
-How does this work?|What do I do now?|What now?|Show me what you can do.|What can we talk about?
-What are your skills?|How do I use you?|What is this?|What else can you do?|What are you for?
-What were you made for?|What is your job?|What should I say?|What can I do here?|Give me an example.
-Could you help me?|Will you help me?|Please help me.|Instructions.|Menu.|What are my options?
-What can you tell me?|Can you do anything useful?|What do you understand?|What did you learn?
+What can you do?|Help.|Help me.|Help!|Help me please.|I need help.|What do you know?
+What do you do?|How can you help me?|What can I ask you?|What should I ask?|What are you good at?
+Can you help me?|How does this work?|What do I do now?|What now?|Show me what you can do.
+What can we talk about?|What are your skills?|How do I use you?|What is this?|What else can you do?
+What are you for?|What were you made for?|What is your job?|What should I say?|What can I do here?
+Give me an example.|Could you help me?|Will you help me?|Please help me.|Instructions.|Menu.
+What are my options?|What can you tell me?|Can you do anything useful?|What do you understand?
+What did you learn?
 
 I have no age, I am a program.
 How old are you?|What is your age?|When were you born?|When is your birthday?|Are you old?
@@ -92,9 +96,9 @@ How smart are you?|Are you clever?|How small are you?|How much do you know?|Are 
 What is your size?|Do you know everything?|How good are you?
 
 Why is six afraid of seven? Because seven ate nine.
-Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.|Another joke.|A joke, please.
-Can you tell me a joke?|Do you know any jokes?|Joke.|Tell me something funny.|One more joke.
-Tell a joke.|Be funny.|I want to laugh.
+Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.|Another joke.
+A joke, please.|Can you tell me a joke?|Do you know any jokes?|Joke.|Tell me something funny.
+One more joke.|Tell a joke.|Be funny.|I want to laugh.
 
 The sun is a star.
 Tell me something.|Tell me a fact.|Say something.|Surprise me.|Tell me something interesting.
@@ -102,12 +106,14 @@ I am bored.|Teach me something.|Entertain me.|Tell me anything.|Talk to me.
 
 All right.
 Yes.|No.|OK.|Okay.|Sure.|Fine.|Good.|Great.|Cool.|Nice.|I see.|Right.|Hm.|Well.|Wow.|Maybe.|K.
-Never mind.|Of course.|Perfect.|Interesting.|Yeah.|Yep.|Nope.|Alright.|Got it.|Lol.|Haha.|Not really.
-I understand.|Go on.|Continue.|Next.|Go ahead.|Yes please.|No thanks.|I do not know.|So what?|And?
+Never mind.|Of course.|Perfect.|Interesting.|Yeah.|Yep.|Nope.|Alright.|Got it.|Lol.|Haha.
+Not really.|I understand.|Go on.|Continue.|Next.|Go ahead.|Yes please.|No thanks.|I do not know.
+So what?|And?
 
 Ask me what I can do.
-?|??|???|...|!|What?|Huh?|Pardon?|What do you mean?|I do not understand.|.|Hm?|Why?|How?|Who?|Where?
-When?|Why not?|Really?|I don't get it.|What does that mean?|Explain.|-|Test.|Test test.|Testing.
+?|??|???|...|!|What?|Huh?|Pardon?|What do you mean?|I do not understand.|.|Hm?|Why?|How?|Who?
+Where?|When?|Why not?|Really?|I don't get it.|What does that mean?|Explain.|-|Test.|Test test.
+Testing.
 
 No problem.
 Sorry.|I am sorry.|Excuse me.|My mistake.|Oops.|Sorry, my fault.|I'm sorry.|Wait.|One moment.
@@ -117,9 +123,10 @@ Well done.|Good job.|You are great.|You are smart.|Nice work.|I like you.|I love
 Correct.|That is right.|You are right.|Very good.|Exactly.|You are nice.|You are funny.|Bravo!
 
 I am sorry, I make mistakes.
-That is wrong.|You are wrong.|Wrong.|No, that is not right.|You are stupid.|Bad bot.|You are useless.
-That is not true.|Are you sure?|That's wrong.|Not correct.|You made a mistake.|I hate you.|Incorrect.
-You are dumb.|Do you make mistakes?|Can I trust you?|That was wrong.|Is that true?|This is bad.
+That is wrong.|You are wrong.|Wrong.|No, that is not right.|You are stupid.|Bad bot.
+You are useless.|That is not true.|Are you sure?|That's wrong.|Not correct.|You made a mistake.
+I hate you.|Incorrect.|You are dumb.|Do you make mistakes?|Can I trust you?|That was wrong.
+Is that true?|This is bad.
 
 I am a program, I have no favorites.
 What do you like?|What is your favorite color?|What do you eat?|Do you like music?|Are you hungry?
@@ -192,57 +199,55 @@ What is the capital of {city}?|Who is the king of {city}?|How far is it from {ci
 How do I get to {city}?|What is the weather like in {city}?|When was {city} founded?|Is {city} big?
 What can I see in {city}?|How many people live in {city}?|In which country is {city}?
 Who was {name} {name}?|Who is {name} {name}?|When did {name} die?|Did {name} win the {x}?
-Who wrote {x} and {y}?|Who invented the {x}?
-What did {name} {name} say about {x}?|Have you read {x} by {name}?|Who plays {name} in {x}?
-What is {x}?|What is a {x}?|What are {x}?|What is the {x} of {y}?|What is the best {x}?|Define {x}.
-What does {x} mean?|Is {x} a {y}?|Is {x} {y}?
-Which is better, {x} or {y}?|What is the opposite of {x}?
-How does a {x} work?|How do {x} {y}?|How do I {x} a {y}?|How do you {x}?|How many {x} are in a {y}?
-How much is a {x}?|How much does a {x} cost?|How big is a {x}?|How long is {x}?
-How can I {x} better?|How long does it take to {x}?|How is {x} made?|How high is the {x}?
-Why is {x} so {y}?|Why do {x} {y}?|Why does the {x} {y}?|Why did the {x} {y}?|Why are {x} {y}?
-When does the {x} {y}?|When is the {x}?|When did the {x} end?|When was the {x} invented?
-Where is the {x}?|Where do {x} come from?|Where can I find {x}?
-Can {x} {y}?|Can you {x} the {y}?|Can you {x}?|Can you write a {x}?|Can I {x} a {y}?|Can you sing?
-Could you {x} my {y}, please?|Would you {x} a {y}?|Will the {x} {y}?
-Should I {x} my {y}?|Do you know the {x} of {y}?|Do {x} {y}?|Is there {x}?
-Does the {x} {y}?|Are there {x} in {y}?|Are {x} {y}?|Is it {x} to {y}?|Is the {x} {y}?|Was it {x}?
-Explain {x} to me.|Explain how {x} works.|Write a poem about {x}.|Write an essay on {x} and {y}.
-Write a story about a {x} and a {y}.|Write code for a {x}.|Write a {x} for me.
-Translate {x} into {y}.|Translate this: {x} {y}.|Give me a recipe for {x}.|Give me five {x}.
-Give me some advice about {x}.|Name some {x}.|Name a {x} with {y}.|Recommend a {x}.|Summarize {x}.
-Make a plan for my {x}.|Turn on the {x}.|Set a {x} for {n}.|Call {name}.
-Draw a {x}.|Imagine that you are a {x}.|Pretend to be a {x}.|Search {x}.
+Who wrote {x} and {y}?|Who invented the {x}?|What did {name} {name} say about {x}?
+Have you read {x} by {name}?|Who plays {name} in {x}?|What is {x}?|What is a {x}?|What are {x}?
+What is the {x} of {y}?|What is the best {x}?|Define {x}.|What does {x} mean?|Is {x} a {y}?
+Is {x} {y}?|Which is better, {x} or {y}?|What is the opposite of {x}?|How does a {x} work?
+How do {x} {y}?|How do I {x} a {y}?|How do you {x}?|How many {x} are in a {y}?|How much is a {x}?
+How much does a {x} cost?|How big is a {x}?|How long is {x}?|How can I {x} better?
+How long does it take to {x}?|How is {x} made?|How high is the {x}?|Why is {x} so {y}?
+Why do {x} {y}?|Why does the {x} {y}?|Why did the {x} {y}?|Why are {x} {y}?|When does the {x} {y}?
+When is the {x}?|When did the {x} end?|When was the {x} invented?|Where is the {x}?
+Where do {x} come from?|Where can I find {x}?|Can {x} {y}?|Can you {x} the {y}?|Can you {x}?
+Can you write a {x}?|Can I {x} a {y}?|Can you sing?|Could you {x} my {y}, please?
+Would you {x} a {y}?|Will the {x} {y}?|Should I {x} my {y}?|Do you know the {x} of {y}?|Do {x} {y}?
+Is there {x}?|Does the {x} {y}?|Are there {x} in {y}?|Are {x} {y}?|Is it {x} to {y}?
+Is the {x} {y}?|Was it {x}?|Explain {x} to me.|Explain how {x} works.|Write a poem about {x}.
+Write an essay on {x} and {y}.|Write a story about a {x} and a {y}.|Write code for a {x}.
+Write a {x} for me.|Translate {x} into {y}.|Translate this: {x} {y}.|Give me a recipe for {x}.
+Give me five {x}.|Give me some advice about {x}.|Name some {x}.|Name a {x} with {y}.
+Recommend a {x}.|Summarize {x}.|Make a plan for my {x}.|Turn on the {x}.|Set a {x} for {n}.
+Call {name}.|Draw a {x}.|Imagine that you are a {x}.|Pretend to be a {x}.|Search {x}.
 Tell me about {x}.|Tell me a story about {x}.|Tell me more about {x} and {y}.|Tell me how to {x}.
 Compare {x} with {y}.|Describe a {x}.|Show me a {x}.|Find a {x} near me.|Buy a {x}.|Read the {x}.
 Repeat the word {x}.|Say {x}.|Spell {x}.|How do you spell {x}?|Correct this: {x}
-What is {x} in French?|Convert {n} {x} to {y}.
-{n} / {m}|{n} * {m}
-What is {n} divided by {m}?|Solve x + {n} = {m}.|Count to {n}.|{n}|{n} {m}
-What happened in {n}?|What year is it?|What day is it?|What time is it?|What is the date today?
-If I have {n} {x} and {m} {y}, what then?|What comes after {n}, {m}?|What is the {x} number {n}?
-What is the news today?|Who won the {x}?|Who is the president?|Who is the best {x}?|Who owns {x}?
-What should I {x}?|What should I {x} with my {y}?|What would you {x}?|What if the {x} {y}?
-What happens when {x} {y}?|What causes {x}?|What kind of {x} is {y}?|What makes {x} {y}?
-I want to {x} a {y}.|I need a {x}.|I think that {x} is {y}.|I have lost my {x}, what now?
-I read about {x} in the {y}.|I went to the {x} yesterday.|I saw a {x} in the {y}.|I bought a {x}.
-We {x} the {y} last year.|They say that {x} {y}.|My {x} is {y} again and I {x} it.|It is a {x}.
-The {x} is {y}.|The {x} {y} the {x} in {city}.|There was a {x} in the {y}.|He is a {x} with {y}.
-{x} or {y}?|{x}, {y} or {x}?|{x}|{x} {y}|{x}?|{x}!|{x} {y} {x}|{x} {y} {x} {y}|{x} and {y}|{x} {n}
+What is {x} in French?|Convert {n} {x} to {y}.|{n} / {m}|{n} * {m}|What is {n} divided by {m}?
+Solve x + {n} = {m}.|Count to {n}.|{n}|{n} {m}|What happened in {n}?|What year is it?
+What day is it?|What time is it?|What is the date today?|If I have {n} {x} and {m} {y}, what then?
+What comes after {n}, {m}?|What is the {x} number {n}?|What is the news today?|Who won the {x}?
+Who is the president?|Who is the best {x}?|Who owns {x}?|What should I {x}?
+What should I {x} with my {y}?|What would you {x}?|What if the {x} {y}?|What happens when {x} {y}?
+What causes {x}?|What kind of {x} is {y}?|What makes {x} {y}?|I want to {x} a {y}.|I need a {x}.
+I think that {x} is {y}.|I have lost my {x}, what now?|I read about {x} in the {y}.
+I went to the {x} yesterday.|I saw a {x} in the {y}.|I bought a {x}.|We {x} the {y} last year.
+They say that {x} {y}.|My {x} is {y} again and I {x} it.|It is a {x}.|The {x} is {y}.
+The {x} {y} the {x} in {city}.|There was a {x} in the {y}.|He is a {x} with {y}.|{x} or {y}?
+{x}, {y} or {x}?|{x}|{x} {y}|{x}?|{x}!|{x} {y} {x}|{x} {y} {x} {y}|{x} and {y}|{x} {n}
 """
 
 CODE = """
 print("{x}")|def {x}({y}): return {y} + {n}|for {x} in range({n}): print({x})|import {x}|{x} = {n};
-SELECT {x} FROM {y} WHERE {x} > {n};|<div class="{x}">{y}</div>|int {x} = {n};|if ({x} == {y}) {x}++;
-console.log({x});|sudo apt install {x}|git commit -m "{x} {y}"|#include <{x}.h>|{x}.{y}({n})|return {x};
-Error: {x} is not {y}|while True: {x}()|class {x}({y}):|[{n}, {m}, {n}]|{"{x}": "{y}"}|cd {x}/{y}; ls
-What is wrong with {x}.{y}()?|Write a function that {x} a {y} in Python.|from {x} import {y}
-let {x} = ({y}) => {y} * {n};|http://www.{x}.com/{y}|{x}@{y}.com|fn main() { {x}!("{y}"); }
-How do I {x} a {y} in Java?|Why does {x}({y}) not work?|/usr/{x}/{y}|{x}: command not found
+SELECT {x} FROM {y} WHERE {x} > {n};|<div class="{x}">{y}</div>|int {x} = {n};
+if ({x} == {y}) {x}++;|console.log({x});|sudo apt install {x}|git commit -m "{x} {y}"
+#include <{x}.h>|{x}.{y}({n})|return {x};|Error: {x} is not {y}|while True: {x}()|class {x}({y}):
+[{n}, {m}, {n}]|{"{x}": "{y}"}|cd {x}/{y}; ls|What is wrong with {x}.{y}()?
+Write a function that {x} a {y} in Python.|from {x} import {y}|let {x} = ({y}) => {y} * {n};
+http://www.{x}.com/{y}|{x}@{y}.com|fn main() { {x}!("{y}"); }|How do I {x} a {y} in Java?
+Why does {x}({y}) not work?|/usr/{x}/{y}|{x}: command not found
 """
 
 QUESTIONS, CODE = split_up(QUESTIONS), split_up(CODE)
-KEYS = ["qwertyuiop", "asdfghjkl", "zxcvbnm", "1234567890", "!?.,;:-", "😀🙂😂👍❤🐱", "a", "abcdefgh"]
+KEYS = ["qwertyuiop", "asdfghjkl", "zxcvbnm", "1234567890", "!?.,;:-", "😀🙂😂👍❤🐱", "a", "abcdef"]
 
 
 def word(rng):

@@ -1,11 +1,9 @@
 """
 The words of the synthetic dialogues: lists to draw from, and words that nobody has seen before.
 
-Who chats with the model comes with a name of his own. So a name is hardly ever drawn from a list that
-the model could learn by heart: it is one of many, or it is invented. Copying names then pays, and
-remembering them does not.
+Who chats with the model comes with a name of his own. So the names here are many, and half of those
+in a dialogue are invented: to copy them pays, to remember them does not.
 """
-import re
 
 # Names and cities to train on, from many languages.
 NAMES = """
@@ -161,12 +159,12 @@ winter woman wood word work world worry write wrong year yesterday young
 """.split()
 # Words of other languages, a line each, to tell them from English.
 LANGUAGES = [line.split() for line in """
-ich du und der die das ist nicht wie was wo warum heute bitte danke haus schule essen morgen kann mein sehr
-je tu et le la les est pas comment quoi pourquoi merci maison école manger demain peux mon très avec rue être
-yo tú el los es no cómo qué dónde gracias casa escuela comer mañana puedo mi muy con calle por favor está
-io tu il lo è non come cosa dove perché grazie casa scuola mangiare domani posso mio molto con strada
-eu você o os não como que onde obrigado casa escola comer amanhã posso meu muito com rua é também
-ik jij en het is niet hoe wat waar waarom bedankt huis school eten morgen kan mijn heel met straat
+ich du und der die das ist nicht wie was wo warum heute bitte danke haus schule essen morgen
+je tu et le la les est pas comment quoi pourquoi merci maison école manger demain peux mon très
+yo tú el los es no cómo qué dónde gracias casa escuela comer mañana puedo mi muy con calle por
+io tu il lo è non come cosa dove perché grazie casa scuola mangiare domani posso mio molto con
+eu você o os não como que onde obrigado casa escola comer amanhã posso meu muito com rua é
+ik jij en het is niet hoe wat waar waarom bedankt huis school eten morgen kan mijn heel met
 jag du och den är inte hur vad var varför tack hus skola äta imorgon kan min mycket med gata
 ja ty i to jest nie jak co gdzie dlaczego dziękuję dom szkoła jeść jutro mogę mój bardzo z ulica
 ben sen ve bu değil nasıl ne nerede neden teşekkürler ev okul yemek yarın benim çok ile sokak
@@ -179,10 +177,12 @@ minä sinä ja se on ei miten mitä missä miksi kiitos talo koulu syödä huome
 أنا أنت هو ليس كيف ماذا أين لماذا شكرا بيت مدرسة غدا جدا اليوم من على
 मैं तुम है नहीं कैसे क्या कहाँ क्यों धन्यवाद घर स्कूल कल बहुत आज और से
 """.strip().splitlines()]
+# Words in which the one who types may make an error.
 TYPED_WRONG = """
-again around biggest called color double even favorite first front gives half have largest last like list live lives
-more much name named number older once only people remember remove reverse second smallest sort story subtract swap take
-tell than there turn what where which without work works years your
+again around biggest called color double even favorite first front gives half have largest last
+like list live lives more much name named number older once only people remember remove reverse
+second smallest sort story subtract swap take tell than there turn what where which without work
+works years your
 """.split()
 
 
@@ -215,8 +215,9 @@ def invented(rng):
                 word += rng.choice(FOLLOWING[word[-2:]])
             word = word[2:-1]
         else:
-            syllables = range(rng.choice((1, 2, 2, 3)))
-            word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in syllables)
+            word = ""
+            for _ in range(rng.choice((1, 2, 2, 3))):
+                word += rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
         word = word.title()
         if 2 <= len(word) <= 9 and word not in HELD_OUT:
             return word
@@ -230,9 +231,10 @@ def misspelled(rng, word):
 
 
 class Words:
-    """A source of names and cities for one dialogue, without one twice in a call.
+    """A source of names and cities for one dialogue, no word twice in a call.
 
-    split: new_words and final_words have lists of their own. lower: as typed by who leaves out capitals.
+    split: new_words and final_words have lists of their own.
+    lower: as one types who leaves out all capitals.
     """
 
     def __init__(self, rng, split="train", lower=False):

@@ -1,11 +1,11 @@
 """
 What a model does with what nobody trained it on, and no setting was chosen on.
 
-1. Names and cities: how many answers that need one are right, word for word, in dialogues whose names are
-   FINAL_NAMES and FINAL_CITIES of data/words.py;
-2. the questions in data/unseen_questions.txt, each in a chat of its own: general knowledge, code, other
-   languages, typing errors and so on. How many answers end by themselves, and how many say that this was
-   not taught.
+1. Names and cities: how many answers that need one are right, word for word, in dialogues whose
+   names are FINAL_NAMES and FINAL_CITIES of data/words.py.
+2. The questions in data/unseen_questions.txt, each in a chat of its own: general knowledge, code,
+   other languages, typing errors and so on. How many answers end by themselves, and how many say
+   that this was not taught.
 
     python demos/unseen.py [--ckpt out/ckpt.pt] [--show]
 """
@@ -28,7 +28,7 @@ LONGEST = 40  # tokens; an answer that is not over then has lost its way
 
 @torch.inference_mode()
 def scored(chat, dialogue):
-    """Yield (answer, whether each of its tokens is the likeliest one) for each answer of a dialogue."""
+    """Yield (answer, whether each token of it is the likeliest) for each answer of a dialogue."""
     tokens, segments = chat.tokenizer.encode_dialogue(dialogue["messages"])
     tokens, segments = tokens[: chat.size], segments[: chat.size]
     logits = chat.model(torch.tensor([tokens]), chat.mask(torch.tensor([segments])))[0]
@@ -37,7 +37,8 @@ def scored(chat, dialogue):
         places = [place for place, number in enumerate(segments) if number == segment]
         answer = [tokens[place] for place in places]
         if answer[-1] == chat.tokenizer.end:  # else it was cut off
-            yield chat.tokenizer.decode(answer[:-1]), answer == [likeliest[place] for place in places]
+            right = answer == [likeliest[place] for place in places]
+            yield chat.tokenizer.decode(answer[:-1]), right
 
 
 def new_names(chat, n):
@@ -64,23 +65,24 @@ def answers(chat, questions):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A model on names and questions that it was not trained on.")
-    parser.add_argument("--ckpt", metavar="FILE", default="out/ckpt.pt", help="a checkpoint of train.py")
-    parser.add_argument("--n", type=int, default=1000, help="dialogues with new names")
-    parser.add_argument("--show", action="store_true", help="print each question with its answer")
+    parser = argparse.ArgumentParser(description="A model on names and questions new to it.")
+    parser.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint of train.py")
+    parser.add_argument("--show", action="store_true", help="print each question and its answer")
     a = parser.parse_args()
     try:
         chat = load_chat(a.ckpt, device="cpu", dtype="float32", max_new_tokens=LONGEST)
     except ValueError as error:
         sys.exit(f"unseen.py: {error}")
     print("Answers that need a name or a city that nothing was chosen on, right")
-    for family, (asked, right) in sorted(new_names(chat, a.n).items()):
+    for family, (asked, right) in sorted(new_names(chat, 1000).items()):
         print(f"  {family:18} {right / asked:6.1%} of {asked}")
     found = answers(chat, QUESTIONS.read_text(encoding="utf-8").splitlines())
     for question, answer, ended in found if a.show else ():
         print(f"> {question}\n{answer}" + ("" if ended else " ..."))
-    print(f"Of {len(found)} questions that nobody trained it on {sum(ended for *_, ended in found)} answers end within "
-          f"{LONGEST} tokens, {sum(answer == UNKNOWN for _, answer, _ in found)} say that this was not taught.")
+    ends = sum(ended for _, _, ended in found)
+    told = sum(answer == UNKNOWN for _, answer, _ in found)
+    print(f"Questions that nobody trained it on: {ends} of {len(found)} answers end within {LONGEST} "
+          f"tokens, {told} say that this was not taught")
 
 
 if __name__ == "__main__":
