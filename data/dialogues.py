@@ -16,23 +16,12 @@ A family is a function that yields turns (query, answer). Each answer is a funct
 before it, so that "exactly right" has a meaning. FAMILIES, below them, says how to add one of your
 own. `python -m data.dialogues` prints some dialogues.
 """
-import random
+import time
 import zlib
 
 from data import talk
 from data.words import (COLORS, FOODS, JOBS, LETTERS, PETS, RELATIVES, ROOMS, THINGS, TYPED_WRONG,
-                        Words, misspelled)
-
-
-class Random(random.Random):
-    """Random numbers with a choice that takes a third of the time."""
-
-    def choice(self, items):
-        return items[int(self.random() * len(items))]
-
-
-SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind and exact.",
-          "You have a good memory."]
+                        Random, Words, misspelled)
 
 
 def listed(items):
@@ -422,6 +411,8 @@ FAMILIES = {
     "small talk": (1, small_talk),
 }
 PATTERNS = ("recollection", "expansion", "refinement", "follow-up")  # MT-Eval's
+SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind and exact.",
+          "You have a good memory."]
 TYPED = (*PATTERNS, "small talk")  # some of their queries look as if typed in a hurry
 
 
@@ -430,7 +421,7 @@ def typed(rng, query, lower, errors):
     if lower == "all":
         query = query.lower().replace("'s ", "s ").replace("'m ", "m ")
     if lower:
-        query = query[0].lower() + (query[1:].rstrip(".?!"))
+        query = query[0].lower() + query[1:].rstrip(".?!")
     if errors:
         words = query.split(" ")
         usual = [i for i, word in enumerate(words) if word in TYPED_WRONG]
@@ -512,7 +503,7 @@ def generate(split, n, seed=0, families=tuple(FAMILIES), mixed=False):
 
 
 if __name__ == "__main__":
-    for dialogue in generate("train", 12, seed=random.randrange(10**6), mixed=True):
+    for dialogue in generate("train", 12, seed=time.time(), mixed=True):
         print(f"--- {dialogue['family']}")
         for message in dialogue["messages"]:
             print(f"{message['role']:>9}: {message['content']}")

@@ -4,6 +4,7 @@ The words of the synthetic dialogues: lists to draw from, and words that nobody 
 Who chats with the model comes with a name of his own. So the names here are many, and half of those
 in a dialogue are invented: to copy them pays, to remember them does not.
 """
+import random
 
 # Names and cities to train on, from many languages.
 NAMES = """
@@ -184,6 +185,13 @@ like list live lives more much name named number older once only people remember
 second smallest sort story subtract swap take tell than there turn what where which without work
 works years your
 """.split()
+
+
+class Random(random.Random):
+    """Random numbers with a choice that takes a third of the time."""
+
+    def choice(self, items):
+        return items[int(self.random() * len(items))]
 
 
 def chain(words):
