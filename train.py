@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.dialogues import FAMILIES
 from data.machine import DTYPES, RANK, WORLD, autocast, from_all, setting
 from mask import MASKS, loss_positions
 
@@ -24,7 +25,8 @@ class Settings:
     mask: str = setting("ism", "the attention mask", tuple(MASKS))
     data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
     skip_bad: bool = setting(False, "go on without lines of the file that cannot be read")
-    n_dialogues: int = setting(80000, "synthetic dialogues to train on")
+    n_dialogues: int = setting(30000, "synthetic dialogues to train on")
+    families: str = setting(",".join(FAMILIES), "of synthetic dialogues, to train and report on")
     mixed: bool = setting(True, "synthetic dialogues may change their subject")
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
     init_from: str = setting("", "start from the weights of a Hugging Face folder")
@@ -72,6 +74,14 @@ class Settings:
             raise ValueError("--learning_rate must be above 0: with 0 nothing is learned")
         if self.decay > 1:
             raise ValueError(f"--decay must be at most 1, all of the steps, not {self.decay}")
+        for name in self.families.split(","):
+            if name not in FAMILIES:
+                raise ValueError(f"--families has no '{name}'; there are {', '.join(FAMILIES)}, "
+                                 "with a comma between them")
+        for name in self.families.split(","):
+            if name not in FAMILIES:
+                raise ValueError(f"--families has no '{name}'; there are {', '.join(FAMILIES)}, "
+                                 "with a comma between them")
 
 
 def train(s, model=None, splits=None, watch=None):
@@ -253,6 +263,7 @@ def prepare(s, tokenizer):
         torch.distributed.barrier()
     folder = loader.prepare(
         tokenizer, s.block_size, s.data, s.n_dialogues, s.seed, s.mixed, s.skip_bad,
+        tuple(s.families.split(",")),
     )
     if WORLD > 1 and machine.LOCAL_RANK == 0:
         torch.distributed.barrier()

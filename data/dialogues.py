@@ -1,252 +1,335 @@
 """
 Synthetic multi-turn dialogues in plain English, endless and deterministic from a seed.
 
-Four families follow the patterns by which MT-Eval sorts multi-turn dialogue, two more ask for reasoning:
+Four families follow the patterns by which MT-Eval sorts multi-turn dialogue, two more ask for
+reasoning, and one is what people say to a model that they do not know:
 
-    recollection  facts given in earlier turns, asked for later, with small talk and sums between them
+    recollection  facts given in earlier turns, asked for later, with small talk and sums between
     expansion     several questions around one table or story
     refinement    one list, whose instructions are added to turn by turn
     follow-up     each query builds on the last answer
     reasoning     shuffled definitions, what is missing, who is named only once
     induction     examples of an unknown rule in the query, then a case to apply it to
+    small talk    greetings, questions about the model, and questions that nobody taught it
 
-A family is a generator of turns (query, answer). Each answer is a function of what was said before it, so
-that "exactly right" has a meaning. `python -m data.dialogues` prints some.
+A family is a function that yields turns (query, answer). Each answer is a function of what was said
+before it, so that "exactly right" has a meaning. FAMILIES, below them, says how to add one of your
+own. `python -m data.dialogues` prints some dialogues.
 """
-import random
+import time
 import zlib
 
-NAMES = """Adam Alice Amir Anna Ben Boris Carl Carmen Clara Dan Dora Elena Emil Emma Eric Eva Felix Fiona Frank Grace
-Greta Hanna Harry Helen Hugo Ida Igor Irene Iris Ivan Jack Jane Jonas Julia Karim Kate Lara Laura Leo Linda Lucy Marco
-Maria Max Mia Mina Nadia Nina Nora Olga Omar Oscar Otto Paul Peter Rita Rosa Ruth Sam Sara Tim Tom Uma Vera""".split()
-CITIES = """Athens Austin Berlin Bern Bonn Boston Cairo Cork Dallas Delhi Dover Dublin Geneva Hanoi Kyoto Lima Lisbon
-London Lyon Madrid Malmo Miami Milan Moscow Munich Nice Osaka Oslo Paris Porto Prague Quito Riga Rome Seoul Tokyo
-Turin Venice Vienna Warsaw""".split()
-NEW_NAMES = "Agnes Bruno Cedric Dilan Eleanor Farid Gustav Imani Jasper Kamila Leon Magnus Naomi Rupert Selma Tobias".split()
-NEW_CITIES = "Ankara Brisbane Calgary Dresden Florence Hamburg Jakarta Kingston Marseille Odessa Santiago Tunis".split()
-ONSETS = "b br c d dr f fl g gr h j k l m n p r s st t tr v w z".split()
-VOWELS = "a e i o u".split()
-CODAS = ["", "", "", "l", "m", "n", "r", "s"]
-JOBS = "baker banker barber builder chef clerk cook dancer dentist doctor driver farmer judge lawyer miner nurse painter pilot poet sailor singer tailor teacher writer".split()
-FOODS = "apples beans bread butter cake carrots cheese corn dates eggs figs fish grapes honey jam lemons melons nuts olives onions pasta peas pizza plums rice salad soup tea toast".split()
-PETS = "cat cow crab dog dove duck fox frog goat hamster hen horse mouse bear parrot pig rabbit rat sheep snake turtle wolf".split()
-COLORS = "black blue brown gold gray green orange pink purple red silver white yellow".split()
-THINGS = "bag ball book coat cup hat key lamp map pen phone ring spoon ticket watch".split()
-ROOMS = "attic bath box car cellar desk drawer garage garden hall kitchen office tent".split()
-RELATIVES = "aunt boss brother cousin daughter father friend mother neighbor sister son uncle".split()
-LETTERS = "a b c d e f g h k m n p r s t u v w x y z".split()
-SMALL_TALK = [
-    ("Hello!", "Hello! How can I help?"), ("Hi!", "Hello! How can I help?"), ("Hi there.", "Hello! How can I help?"),
-    ("Good morning.", "Good morning! How can I help?"), ("How are you?", "I am fine, thank you."),
-    ("Thanks.", "You are welcome."), ("Thank you very much.", "You are welcome."),
-    ("What color is the sky?", "The sky is blue."), ("What color is grass?", "Grass is green."),
-    ("What color is snow?", "Snow is white."), ("How many days are in a week?", "There are 7 days in a week."),
-    ("How many legs does a dog have?", "A dog has 4 legs."), ("Tell me something.", "The sun is a star."),
-    ("What do bees make?", "Bees make honey."), ("Can you help me?", "Yes, I can help you."),
-    ("It is raining again.", "I hope that it stops soon."), ("I am a little tired.", "I hope that you can rest soon."),
-]
-SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind and exact.", "You have a good memory."]
-
-
-class Words:
-    """A source of words: names and cities of one split, and now and then an invented one.
-
-    Invented words are made of two or three random syllables and hardly ever come twice, so that remembering
-    words does not pay and copying them does.
-    """
-
-    def __init__(self, rng, new=False):
-        self.rng, self.new = rng, new
-        self.invent = not new and rng.random() < 0.15
-
-    def invented(self, n):
-        pick, made = self.rng.choice, {}
-        while len(made) < n:
-            made["".join(pick(ONSETS) + pick(VOWELS) + pick(CODAS) for _ in range(pick((2, 2, 3)))).capitalize()] = None
-        return list(made)
-
-    def names(self, n):
-        return self.invented(n) if self.invent else self.rng.sample(NEW_NAMES if self.new else NAMES, n)
-
-    def cities(self, n):
-        return self.invented(n) if self.invent else self.rng.sample(NEW_CITIES if self.new else CITIES, n)
+from data import talk
+from data.words import (COLORS, FOODS, JOBS, LETTERS, PETS, RELATIVES, ROOMS, THINGS, TYPED_WRONG,
+                        Random, Words, misspelled)
 
 
 def listed(items):
     return ", ".join(map(str, items))
 
 
-# --- recollection -------------------------------------------------------------------------------------------
+def capital(text):
+    return text[0].upper() + text[1:]
 
-def facts_about(rng, words):
-    """A shuffled list of facts: (what it is about, how it is told, what the answer says, the questions)."""
-    name, friend, pet_name, relative_name = words.names(4)
-    city, relative_city, friend_city = words.cities(3)
+
+# --- recollection -------------------------------------------------------------------------------
+
+# A fact: what the answer says, how the user may tell it, how it may be asked for.
+FACTS = [
+    ("Your name is {name}.",
+     "my name is {name}|I am {name}|I'm {name}|I am called {name}|call me {name}|this is {name}|"
+     "my name's {name}|{name} is my name|you can call me {name}|people call me {name}",
+     "What is my name?|Who am I?|Do you remember my name?|What's my name?|What am I called?|"
+     "Tell me my name.|Do you know my name?|Do you know who I am?|Say my name.|And my name?"),
+    ("You live in {city}.",
+     "I live in {city}|my home is in {city}|I come from {city}|I am from {city}|I'm from {city}|"
+     "{city} is my home|I was born in {city}|I moved to {city}",
+     "Where do I live?|Which city do I live in?|Do you know where I live?|Where am I from?|"
+     "Where is my home?|What city do I live in?|Where do I come from?|In which city do I live?"),
+    ("You work as a {job}.",
+     "I work as a {job}|I am a {job}|I'm a {job}|my job is {job}",
+     "What is my job?|What do I work as?|What do I do for a living?|What's my job?|"
+     "Do you know my job?"),
+    ("You like {food}.",
+     "I like {food}|I love to eat {food}|I love {food}|my favorite food is {food}",
+     "What do I like?|What do I love to eat?|What is my favorite food?|What do I like to eat?"),
+    ("You are {age} years old.",
+     "I am {age} years old|my age is {age}|I'm {age} years old|I am {age}",
+     "How old am I?|What is my age?|Do you know my age?|Tell me my age.|What's my age?"),
+    ("Your favorite color is {color}.",
+     "my favorite color is {color}|the color I like best is {color}|{color} is my favorite color",
+     "What is my favorite color?|Which color do I like best?|What color do I like?"),
+    ("Your {pet} is called {pet_name}.",
+     "I have a {pet} called {pet_name}|my {pet} is called {pet_name}|"
+     "my {pet}'s name is {pet_name}|I have a {pet} named {pet_name}",
+     "What is my {pet} called?|What is the name of my {pet}?|What is my pet called?|"
+     "What's the name of my {pet}?|What is my {pet}'s name?|Do you know my {pet}'s name?"),
+    ("Your {thing} is in the {room}.",
+     "my {thing} is in the {room}|I left my {thing} in the {room}|I put my {thing} in the {room}",
+     "Where is my {thing}?|Where did I leave my {thing}?|Where did I put my {thing}?|"
+     "Where's my {thing}?"),
+    ("Your {relative} {relative_name} lives in {relative_city}.",
+     "my {relative} {relative_name} lives in {relative_city}",
+     "Where does my {relative} live?|Where does {relative_name} live?|"
+     "Who lives in {relative_city}?"),
+    ("Your {relative} works as a {relative_job}.",
+     "my {relative} works as a {relative_job}|my {relative} is a {relative_job}",
+     "What does my {relative} work as?|What is the job of my {relative}?|"
+     "What is my {relative}'s job?"),
+    ("Your {other} is called {other_name}.",
+     "my {other} is called {other_name}|my {other}'s name is {other_name}|"
+     "{other_name} is my {other}|the name of my {other} is {other_name}",
+     "What is my {other} called?|What is the name of my {other}?|What is my {other}'s name?|"
+     "Who is {other_name}?|Do you know my {other}'s name?"),
+    ("Your friend {friend} likes {friend_food}.",
+     "my friend {friend} likes {friend_food}",
+     "What does {friend} like?|What does my friend like?|Who likes {friend_food}?"),
+    ("You will visit {next_city} in {days} days.",
+     "I will visit {next_city} in {days} days|I will go to {next_city} in {days} days",
+     "Which city will I visit?|Where will I go?|When will I go to {next_city}?"),
+    ("Your favorite {kind} is {best}.",
+     "my favorite {kind} is {best}|the {kind} I like best is {best}|{best} is my favorite {kind}",
+     "What is my favorite {kind}?|Which {kind} do I like best?|What's my favorite {kind}?|"
+     "Do you know my favorite {kind}?"),
+]
+FACTS = [(answer, told.split("|"), asked.split("|")) for answer, told, asked in FACTS]
+KINDS = "animal band book car city drink film game movie place singer song sport team word".split()
+NEVER_TOLD = """What is my phone number?|When is my birthday?|What is my last name?|How tall am I?
+What is my shoe size?|Which car do I drive?|Where was my father born?|What did I eat yesterday?
+How many children do I have?|Which school did I go to?|What is my address?|Am I married?
+What is my hobby?|What did I say yesterday?|How much do I weigh?|What am I thinking?
+What is my email?|Do I have a brother?""".replace("\n", "|").split("|")
+
+
+def values(rng, words):
+    """What fills the blanks in FACTS: {blank: word}."""
+    name, pet_name, relative_name, other_name, friend, best = words.names(6)
+    city, relative_city, next_city = words.cities(3)
     job, relative_job = rng.sample(JOBS, 2)
     food, friend_food = rng.sample(FOODS, 2)
-    pet, thing, room = rng.choice(PETS), rng.choice(THINGS), rng.choice(ROOMS)
-    relative, age, color = rng.choice(RELATIVES[:6] + RELATIVES[7:]), rng.randint(18, 79), rng.choice(COLORS)
-    facts = [
-        ("name", [f"my name is {name}", f"I am {name}", f"I am called {name}"], f"Your name is {name}.",
-         ["What is my name?", "Who am I?", "Do you remember my name?"]),
-        ("city", [f"I live in {city}", f"my home is in {city}", f"I come from {city}"], f"You live in {city}.",
-         ["Where do I live?", "Which city do I live in?", "Do you know where I live?"]),
-        ("job", [f"I work as a {job}", f"I am a {job}"], f"You work as a {job}.", ["What is my job?", "What do I work as?"]),
-        ("food", [f"I like {food}", f"I love to eat {food}"], f"You like {food}.", ["What do I like?", "What do I love to eat?"]),
-        ("age", [f"I am {age} years old", f"my age is {age}"], f"You are {age} years old.", ["How old am I?", "What is my age?"]),
-        ("color", [f"my favorite color is {color}", f"the color I like best is {color}"],
-         f"Your favorite color is {color}.", ["What is my favorite color?", "Which color do I like best?"]),
-        ("pet", [f"I have a {pet} called {pet_name}", f"my {pet} is called {pet_name}"], f"Your {pet} is called {pet_name}.",
-         [f"What is my {pet} called?", f"What is the name of my {pet}?", "What is my pet called?"]),
-        ("thing", [f"my {thing} is in the {room}", f"I left my {thing} in the {room}"], f"Your {thing} is in the {room}.",
-         [f"Where is my {thing}?", f"Where did I leave my {thing}?"]),
-        ("relative", [f"my {relative} {relative_name} lives in {relative_city}"],
-         f"Your {relative} {relative_name} lives in {relative_city}.",
-         [f"Where does my {relative} live?", f"Where does {relative_name} live?", f"Who lives in {relative_city}?"]),
-        ("work", [f"my {relative} works as a {relative_job}"], f"Your {relative} works as a {relative_job}.",
-         [f"What does my {relative} work as?", f"What is the job of my {relative}?"]),
-        ("friend", [f"my friend {friend} likes {friend_food}"], f"Your friend {friend} likes {friend_food}.",
-         [f"What does {friend} like?", "What does my friend like?", f"Who likes {friend_food}?"]),
-        ("visit", [f"I will visit {friend_city} in {age - 10} days"], f"You will visit {friend_city} in {age - 10} days.",
-         ["Which city will I visit?", "Where will I go?"]),
-    ]
-    rng.shuffle(facts)
-    return facts
+    relative, other = rng.sample(RELATIVES, 2)
+    return dict(name=name, pet_name=pet_name, relative_name=relative_name, other_name=other_name,
+                friend=friend, best=best, city=city, relative_city=relative_city,
+                next_city=next_city, job=job, relative_job=relative_job, food=food,
+                friend_food=friend_food, relative=relative, other=other, pet=rng.choice(PETS),
+                thing=rng.choice(THINGS), room=rng.choice(ROOMS), color=rng.choice(COLORS),
+                kind=rng.choice(KINDS), age=rng.randint(10, 90), days=rng.randint(2, 60))
 
 
-def sentence(text):
-    return text[0].upper() + text[1:] + "."
+def tell(rng, facts, blanks, first):
+    """A turn in which the user tells facts: (query, answer)."""
+    parts = [rng.choice(told).format(**blanks) for _, told, _ in facts]
+    text = " and ".join(parts) if rng.random() < 0.5 else ". ".join(map(capital, parts))
+    greeting = rng.choice(("Hello. ", "Hello! ", "Hi! ", "Hi, ", "", "", "")) if first else ""
+    text = greeting + (text if greeting.endswith(", ") else capital(text)) + "."
+    if len(facts) > 2:
+        return text, "Nice to meet you."
+    return text, " ".join(["Noted."] + [answer.format(**blanks) for answer, _, _ in facts])
 
 
 def recollection(rng, words):
-    facts, told, turns = facts_about(rng, words), [], rng.randint(3, 8)
-    sums = follow_up(rng, words, turns)
-    for turn in range(turns):
+    blanks = values(rng, words)
+    untold, told = rng.sample(FACTS, len(FACTS)), []
+    n_turns = rng.randint(3, 8)
+    sums = follow_up(rng, words, n_turns)
+    for turn in range(n_turns):
         kind = rng.random()
         if turn == 0 and kind < 0.2:
-            yield rng.choice(SMALL_TALK)
-        elif not told or (kind < 0.2 and facts):
-            new = [facts.pop() for _ in range(min(len(facts), rng.choice((1, 2) if told else (1, 2, 2, 3))))]
-            parts = [rng.choice(fact[1]) for fact in new]
-            text = " and ".join(parts) if rng.random() < 0.5 else ". ".join(p[0].upper() + p[1:] for p in parts)
-            greeting = "" if told else rng.choice(("Hello. ", "Hello! ", "Hi! ", "Hi, ", "", "", ""))
-            told += new
-            text = greeting + (text if greeting.endswith(", ") else text[0].upper() + text[1:]) + "."
-            yield text, "Nice to meet you." if len(new) > 2 else "Noted. " + " ".join(fact[2] for fact in new)
-        elif turn < turns - 1 and kind < 0.45:
-            yield rng.choice(SMALL_TALK) if rng.random() < 0.6 else next(sums)
-        elif facts and kind > 0.92:
-            about, _, _, questions = facts[0]
-            if about not in ("relative", "work", "friend", "pet"):  # whose questions may name what was not told
-                yield rng.choice(questions), "You have not told me."
+            yield talk.known(rng)
+        elif turn == 0 and kind < 0.25:
+            yield rng.choice(untold[0][2] + NEVER_TOLD).format(**blanks), "You have not told me."
+        elif not told or (kind < 0.2 and untold):
+            n = min(len(untold), rng.choice((1, 2) if told else (1, 2, 2, 3)))
+            yield tell(rng, untold[:n], blanks, first=not told)
+            told, untold = told + untold[:n], untold[n:]
+        elif turn < n_turns - 1 and kind < 0.45:
+            yield talk.known(rng) if rng.random() < 0.6 else next(sums)
+        elif untold and kind > 0.92:
+            questions = rng.choice((untold[0][2], NEVER_TOLD))
+            yield rng.choice(questions).format(**blanks), "You have not told me."
         else:
-            _, _, answer, questions = rng.choice(told)
-            yield rng.choice(questions), answer
+            answer, _, questions = rng.choice(told)
+            yield rng.choice(questions).format(**blanks), answer.format(**blanks)
 
 
-# --- expansion ----------------------------------------------------------------------------------------------
+# --- expansion ----------------------------------------------------------------------------------
 
-ATTRIBUTES = {  # how a story tells it, how one asks for it, how one asks for the person
-    "age": ("is {} years old", "How old is {}?", "Who is {} years old?"),
-    "city": ("lives in {}", "Where does {} live?", "Who lives in {}?"),
-    "pet": ("has a {}", "Which pet does {} have?", "Who has a {}?"),
-    "job": ("is a {}", "What is the job of {}?", "Who is a {}?"),
-    "food": ("likes {}", "What does {} like?", "Who likes {}?"),
+# How a story tells it, how one asks for it, how one asks for the person.
+ATTRIBUTES = {
+    "age": ("is {} years old", ["How old is {}?", "What is the age of {}?"],
+            ["Who is {} years old?"]),
+    "city": ("lives in {}", ["Where does {} live?", "Which city does {} live in?"],
+             ["Who lives in {}?"]),
+    "pet": ("has a {}", ["Which pet does {} have?", "What pet does {} have?"], ["Who has a {}?"]),
+    "job": ("is a {}", ["What is the job of {}?", "What does {} work as?"], ["Who is a {}?"]),
+    "food": ("likes {}", ["What does {} like?", "What does {} like to eat?"], ["Who likes {}?"]),
 }
+
+
+def joined(person, facts):
+    """A sentence with all that is known of a person."""
+    *others, last = [ATTRIBUTES[key][0].format(facts[key]) for key in facts]
+    return f"{person} {', '.join(others)} and {last}."
+
+
+def row(person, facts, story):
+    """All that a story or a table says about a person."""
+    if story:
+        return " ".join(f"{person} {ATTRIBUTES[key][0].format(facts[key])}." for key in facts)
+    return f"{person}: {', '.join(f'{key} {facts[key]}' for key in facts)}."
 
 
 def expansion(rng, words):
     n, keys = rng.randint(2, 4), rng.sample(list(ATTRIBUTES), rng.choice((2, 2, 3)))
     people = words.names(n + 1)
-    values = {"age": rng.sample(range(18, 80), n + 1), "city": words.cities(n + 1), "pet": rng.sample(PETS, n + 1),
-              "job": rng.sample(JOBS, n + 1), "food": rng.sample(FOODS, n + 1)}
+    columns = {"age": rng.sample(range(18, 80), n + 1), "city": words.cities(n + 1),
+               "pet": rng.sample(PETS, n + 1), "job": rng.sample(JOBS, n + 1),
+               "food": rng.sample(FOODS, n + 1)}
+    facts = [{key: columns[key][i] for key in keys} for i in range(n + 1)]
     story = rng.random() < 0.75
-
-    def row(i):
-        if story:
-            return " ".join(f"{people[i]} {ATTRIBUTES[key][0].format(values[key][i])}." for key in keys)
-        return " ".join(f"{people[i]}, {key} {values[key][i]}." for key in keys)
-
     start = rng.choice(("Here is a story.", "Read this.")) if story else "Here is a table."
-    text = " ".join([start] + [row(i) for i in range(n)])
-    for turn in range(rng.randint(3, 7)):
+    text = " ".join([start] + [row(people[i], facts[i], story) for i in range(n)])
+    for turn in range(rng.randint(3, 6)):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
         telling, ask, ask_who = ATTRIBUTES[key]
-        answer = f"{people[i]} {telling.format(values[key][i])}."
-        if kind < 0.68:
-            query = ask.format(people[i])
-        elif kind < 0.78:
-            query = ask_who.format(values[key][i])
-        elif kind < 0.88 or turn == 0 or n == len(people):
-            query = f"Tell me all about {people[i]}."
-            answer = " ".join(f"{people[i]} {ATTRIBUTES[key][0].format(values[key][i])}." for key in keys)
-        else:
-            query, answer = f"Add this. {row(n)}", f"Added {people[n]}. There are now {n + 1} people."
+        answer = f"{people[i]} {telling.format(facts[i][key])}."
+        if kind < 0.1:
+            query = rng.choice(ask_who).format(facts[i][key])
+        elif kind < 0.2:
+            query, answer = f"Tell me all about {people[i]}.", joined(people[i], facts[i])
+        elif kind < 0.3 and turn > 0 and n < len(people):
+            query, answer = f"Add this. {row(people[n], facts[n], story)}", f"Added {people[n]}."
             n += 1
+        else:
+            query = rng.choice(ask).format(people[i])
         yield (f"{text} {query}" if turn == 0 else query), answer
 
 
-# --- refinement ---------------------------------------------------------------------------------------------
+# --- refinement ---------------------------------------------------------------------------------
+
+def edits(items, numbers):
+    """What can be done to a list, the usual things more than once."""
+    ways = ["reverse", "swap"]
+    if len(items) < 7:
+        ways.append("add")
+    if numbers:
+        ways += ["sort", "sort"]
+    if len(items) > 2:
+        ways += ["first", "last", "drop", "remove"]
+    return ways
+
+
+def edit(rng, way, items, pool):
+    """A list changed in one way: (how one asks for it, the new list)."""
+    if way == "reverse":
+        ask = rng.choice(("Now in reverse.", "Turn it around.", "Reverse it.", "Reverse the list."))
+        return ask, items[::-1]
+    if way == "swap":
+        return "Swap the first and the last.", [items[-1]] + items[1:-1] + [items[0]]
+    if way == "sort":
+        if rng.random() < 0.4:
+            return "Sort them, the largest first.", sorted(items, reverse=True)
+        ask = rng.choice(("Sort them.", "Sort them, the smallest first.", "Sort the list."))
+        return ask, sorted(items)
+    if way == "add":
+        new = rng.choice([item for item in pool if item not in items])
+        if rng.random() < 0.6:
+            return rng.choice((f"Add {new} at the end.", f"Add {new}.")), items + [new]
+        return f"Put {new} in front.", [new] + items
+    if way == "first":
+        return "Only the first two.", items[:2]
+    if way == "last":
+        return "Only the last two.", items[-2:]
+    if way == "drop":
+        if rng.random() < 0.5:
+            return "Without the first one.", items[1:]
+        return "Without the last one.", items[:-1]
+    gone = rng.choice(items)
+    return f"Remove {gone}.", [item for item in items if item != gone]
+
 
 def refinement(rng, words):
     numbers = rng.random() < 0.5
     pool = list(range(1, 10)) if numbers else rng.choice((FOODS, PETS, COLORS))
-    items, turns = rng.sample(pool, rng.randint(3, 6)), rng.randint(3, 7)
-    query = f"{rng.choice(('Take this list', 'Here is a list', 'Here are some words' if not numbers else 'Here are some numbers'))}: {listed(items)}."
-    for turn in range(turns):
-        ways = ["reverse", "swap"] + ["add"] * (len(items) < 7) + ["sort", "sort"] * numbers + ["first", "last", "drop", "remove"] * (len(items) > 2)
-        way = rng.choice(ways)
-        if way == "reverse":
-            items, ask = items[::-1], rng.choice(("Now in reverse.", "Turn it around."))
-        elif way == "swap":
-            items, ask = [items[-1]] + items[1:-1] + [items[0]], "Swap the first and the last."
-        elif way == "sort":
-            down = rng.random() < 0.4
-            items, ask = sorted(items, reverse=down), "Sort them, the largest first." if down else rng.choice(("Sort them.", "Sort them, the smallest first."))
-        elif way == "add":
-            new = rng.choice([item for item in pool if item not in items])
-            items, ask = (items + [new], f"Add {new} at the end.") if rng.random() < 0.6 else ([new] + items, f"Put {new} in front.")
-        elif way == "first":
-            items, ask = items[:2], "Only the first two."
-        elif way == "last":
-            items, ask = items[-2:], "Only the last two."
-        elif way == "drop":
-            items, ask = (items[1:], "Without the first one.") if rng.random() < 0.5 else (items[:-1], "Without the last one.")
-        else:
-            gone = rng.choice(items)
-            items, ask = [item for item in items if item != gone], f"Remove {gone}."
-        yield (f"{query} {ask}" if turn == 0 else ask), f"Here it is: {listed(items)}."
+    items = rng.sample(pool, rng.randint(3, 6))
+    some = "Here are some numbers" if numbers else "Here are some words"
+    start = f"{rng.choice(('Take this list', 'Here is a list', some))}: {listed(items)}."
+    for turn in range(rng.randint(3, 7)):
+        ask, items = edit(rng, rng.choice(edits(items, numbers)), items, pool)
+        yield (f"{start} {ask}" if turn == 0 else ask), f"Here it is: {listed(items)}."
 
 
-# --- follow-up ----------------------------------------------------------------------------------------------
+# --- follow-up ----------------------------------------------------------------------------------
 
-def follow_up(rng, words, turns=None):
+def sums(value):
+    """What can be asked about a number, the usual things more than once."""
+    ways = ["odd", "more", "new"]
+    if value < 90:
+        ways += ["add", "add"]
+    if value > 10:
+        ways.append("subtract")
+    if value > 89:
+        ways.append("subtract")
+    if value < 50:
+        ways.append("double")
+    if value % 2 == 0:
+        ways.append("halve")
+    return ways
+
+
+def reckon(rng, way, value):
+    """One step from a number: (how one asks for it, the answer, the new number)."""
+    n = rng.randint(1, 9)
+    if way == "add":
+        ask = rng.choice((f"Add {n}.", f"Now add {n}.", f"And {n} more?", f"Plus {n}."))
+        return ask, f"{value} plus {n} is {value + n}.", value + n
+    if way == "subtract":
+        ask = rng.choice((f"Subtract {n}.", f"Take away {n}.", f"Minus {n}."))
+        return ask, f"{value} minus {n} is {value - n}.", value - n
+    if way == "double":
+        ask = rng.choice(("Double it.", "Now double that.", "Times 2."))
+        return ask, f"{value} times 2 is {2 * value}.", 2 * value
+    if way == "halve":
+        ask = rng.choice(("Halve it.", "What is half of it?"))
+        return ask, f"Half of {value} is {value // 2}.", value // 2
+    if way == "odd":
+        return "Is it odd or even?", f"{value} is {'odd' if value % 2 else 'even'}.", value
+    n = rng.randint(5, 95)
+    if value > n:
+        return f"Is it more than {n}?", f"Yes, {value} is more than {n}.", value
+    return f"Is it more than {n}?", f"No, {value} is not more than {n}.", value
+
+
+def new_sum(rng):
+    """A sum that does not build on the last answer: (how one asks for it, the answer, the sum)."""
+    a, b = rng.randint(1, 60), rng.randint(1, 9)
+    if rng.random() < 0.7 or a < b:
+        ask = rng.choice((f"What is {a} plus {b}?", f"{a} + {b}", f"What is {a} + {b}?"))
+        return ask, f"{a} plus {b} is {a + b}.", a + b
+    ask = rng.choice((f"What is {a} minus {b}?", f"{a} - {b}", f"What is {a} - {b}?"))
+    return ask, f"{a} minus {b} is {a - b}.", a - b
+
+
+def follow_up(rng, words, n_turns=None):
     value = rng.randint(2, 40)
-    start = rng.choice((f"Start with {value}.", f"Take the number {value}.", f"I have {value} coins."))
-    for turn in range(turns or rng.randint(3, 8)):
-        ways = ["odd", "more"] + ["add"] * 2 * (value < 90) + ["subtract"] * (1 + (value > 89)) * (value > 10) + ["double"] * (value < 50) + ["halve"] * (value % 2 == 0)
-        way, n = rng.choice(ways), rng.randint(1, 9)
-        if way == "add":
-            ask, answer, value = rng.choice((f"Add {n}.", f"Now add {n}.", f"And {n} more?")), f"{value} plus {n} is {value + n}.", value + n
-        elif way == "subtract":
-            ask, answer, value = rng.choice((f"Subtract {n}.", f"Take away {n}.")), f"{value} minus {n} is {value - n}.", value - n
-        elif way == "double":
-            ask, answer, value = rng.choice(("Double it.", "Now double that.")), f"{value} times 2 is {2 * value}.", 2 * value
-        elif way == "halve":
-            ask, answer, value = rng.choice(("Halve it.", "What is half of it?")), f"Half of {value} is {value // 2}.", value // 2
-        elif way == "odd":
-            ask, answer = "Is it odd or even?", f"{value} is {'odd' if value % 2 else 'even'}."
+    start = rng.choice(("Start with {}. ", "Take the number {}. ", "I have {} coins. "))
+    start = start.format(value)
+    for turn in range(n_turns or rng.randint(3, 8)):
+        way = rng.choice(sums(value))
+        if way == "new":
+            ask, answer, value = new_sum(rng)
         else:
-            n = rng.randint(5, 95)
-            ask, answer = f"Is it more than {n}?", f"{'Yes' if value > n else 'No'}, {value} is {'' if value > n else 'not '}more than {n}."
-        yield (f"{start} {ask}" if turn == 0 else ask), answer
+            ask, answer, value = reckon(rng, way, value)
+            ask = start + ask
+        start = ""
+        yield ask, answer
 
 
-# --- reasoning ----------------------------------------------------------------------------------------------
+# --- reasoning ----------------------------------------------------------------------------------
 
-def definitions(rng, steps):
-    """Shuffled definitions that take `steps` additions to resolve, the question last."""
-    letters = rng.sample(LETTERS, steps + 1)
+def definitions(rng, words):
+    """Shuffled definitions that take one to three additions to resolve, the question last."""
+    letters = rng.sample(LETTERS, rng.randint(1, 3) + 1)
     value = rng.randint(1, 9)
     told = [f"{letters[0]} = {value}."]
     for before, letter in zip(letters, letters[1:]):
@@ -261,7 +344,8 @@ def missing(rng, words):
     items = rng.sample(rng.choice((FOODS, PETS, COLORS)), rng.randint(3, 5))
     gone = rng.choice(items)
     rest = rng.sample([item for item in items if item != gone], len(items) - 1)
-    return f"First list: {listed(items)}. Second list: {listed(rest)}. What is missing?", f"The second list has no {gone}."
+    query = f"First list: {listed(items)}. Second list: {listed(rest)}. What is missing?"
+    return query, f"The second list has no {gone}."
 
 
 def named_once(rng, words):
@@ -273,71 +357,153 @@ def named_once(rng, words):
 
 def reasoning(rng, words):
     for _ in range(rng.randint(2, 5)):
-        kind = rng.choice((definitions, missing, named_once))
-        yield kind(rng, rng.randint(1, 3)) if kind is definitions else kind(rng, words)
+        yield rng.choice((definitions, missing, named_once))(rng, words)
 
 
-# --- induction ----------------------------------------------------------------------------------------------
+# --- induction ----------------------------------------------------------------------------------
+
+def number_rule(rng):
+    k = rng.randint(1, 9)
+    return rng.choice((lambda x: x + k, lambda x: x - k, lambda x: 2 * x))
+
+
+WORD_RULES = [lambda x, y: [y, x], lambda x, y: [x], lambda x, y: [y], lambda x, y: [x, x],
+              lambda x, y: [x, y, x]]
+
 
 def induction(rng, words):
     for _ in range(rng.randint(2, 4)):
-        k = rng.randint(1, 9)
-        rule, numeric = rng.choice([
-            (lambda x: x + k, True), (lambda x: x - k, True), (lambda x: 2 * x, True),
-            (lambda x: (x[1], x[0]), False), (lambda x: (x[0],), False), (lambda x: (x[1],), False),
-            (lambda x: (x[0], x[0]), False), (lambda x: (x[0], x[1], x[0]), False)])
-        n = rng.randint(2, 4) + 1
-        pool = rng.choice((FOODS, PETS, COLORS))
-        cases = rng.sample(range(10, 60), n) if numeric else [rng.sample(pool, 2) for _ in range(n)]
-        shown = [str(case) if numeric else " ".join(case) for case in cases]
-        results = [str(rule(case)) if numeric else " ".join(rule(case)) for case in cases]
-        examples = " ".join(f"{x} gives {y}." for x, y in zip(shown[:-1], results))
-        yield f"{examples} What does {shown[-1]} give?", f"{shown[-1]} gives {results[-1]}."
+        n = rng.randint(3, 5)
+        if rng.random() < 0.375:
+            rule, cases = number_rule(rng), rng.sample(range(10, 60), n)
+            pairs = [(case, rule(case)) for case in cases]
+        else:
+            rule, pool = rng.choice(WORD_RULES), rng.choice((FOODS, PETS, COLORS))
+            cases = [rng.sample(pool, 2) for _ in range(n)]
+            pairs = [(" ".join(case), " ".join(rule(*case))) for case in cases]
+        *shown, (case, result) = pairs
+        examples = " ".join(f"{x} gives {y}." for x, y in shown)
+        yield f"{examples} What does {case} give?", f"{case} gives {result}."
 
 
-FAMILIES = {"recollection": recollection, "expansion": expansion, "refinement": refinement,
-            "follow-up": follow_up, "reasoning": reasoning, "induction": induction}
+# --- small talk ---------------------------------------------------------------------------------
+
+def small_talk(rng, words):
+    for _ in range(rng.randint(2, 5)):
+        yield talk.chat(rng)
+
+
+# --- all of them --------------------------------------------------------------------------------
+
+# To add a family of your own, write a function as above and give it a line here. The number is its
+# share: with 5 there are as many of its dialogues as of expansion. The function takes
+#     rng    random numbers, and no others, so that a seed always gives the same dialogues
+#     words  names and cities: words.names(2) are two names, other ones in the held-out splits
+# and yields two turns or more, each a query and its answer. `python train.py --families NAME`
+# trains on it alone.
+FAMILIES = {
+    "recollection": (3, recollection),
+    "expansion": (5, expansion),
+    "refinement": (4, refinement),
+    "follow-up": (3, follow_up),
+    "reasoning": (1, reasoning),
+    "induction": (1, induction),
+    "small talk": (1, small_talk),
+}
 PATTERNS = ("recollection", "expansion", "refinement", "follow-up")  # MT-Eval's
-SHARES = {"recollection": 3, "expansion": 5, "refinement": 4, "follow-up": 3, "reasoning": 1, "induction": 1}
+SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind and exact.",
+          "You have a good memory."]
+TYPED = (*PATTERNS, "small talk")  # some of their queries look as if typed in a hurry
 
 
-def split_of(messages):
-    """The split that a dialogue belongs to, from its text alone: no dialogue is ever in two splits."""
-    digest = zlib.crc32("\n".join(message["content"] for message in messages).encode()) % 32
-    return {0: "val", 1: "test"}.get(digest, "train")
+def typed(rng, query, lower, errors):
+    """A query as people type it: without capitals and full stops, with an error in a word."""
+    if lower == "all":
+        query = query.lower().replace("'s ", "s ").replace("'m ", "m ")
+    if lower:
+        query = query[0].lower() + query[1:].rstrip(".?!")
+    if errors:
+        words = query.split(" ")
+        usual = [i for i, word in enumerate(words) if word in TYPED_WRONG]
+        if usual:
+            i = rng.choice(usual)
+            words[i] = misspelled(rng, words[i])
+        query = " ".join(words)
+    return query
 
 
 def one_family(rng, split, families):
-    """A dialogue of one family that belongs to the split: (messages, family)."""
-    while True:
-        family, = rng.choices(families, [SHARES[name] for name in families])
-        messages = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.1 else []
-        casual = family in PATTERNS and rng.random() < 0.2  # as people type: no capital, no full stop
-        for query, answer in FAMILIES[family](rng, Words(rng, new=split == "new_words")):
-            query = query[0].lower() + query[1:].rstrip(".?!") if casual else query
-            messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
-        if split == "new_words" or split_of(messages) == split:
-            return messages, family
+    """The turns of a dialogue of one of these families as people type them: (turns, family)."""
+    family, = rng.choices(families, [FAMILIES[name][0] for name in families])
+    lower, errors = "", False
+    if family in TYPED:
+        lower, = rng.choices(("", "first", "all"), (8, 1, 1))
+        errors = rng.random() < 0.1
+    _, function = FAMILIES[family]
+    turns = function(rng, Words(rng, split, lower=lower == "all"))
+    return [(typed(rng, query, lower, errors), answer) for query, answer in turns], family
+
+
+def one_dialogue(rng, split, families, mixed):
+    """A dialogue {"messages": [...], "family": str}; see generate for mixed."""
+    turns, family = one_family(rng, split, families)
+    others = [other for other in families if other != family]
+    kind = rng.random()
+    if mixed and others and kind < 0.3:
+        more, _ = one_family(rng, split, others)
+        turns, family = turns[: rng.randint(1, 3)] + more, "mixed"
+    elif mixed and "small talk" in others and kind < 0.4:
+        turns.insert(rng.randint(1, len(turns)), talk.chat(rng))
+        family = "mixed"
+    messages = []
+    if rng.random() < 0.1:
+        messages.append({"role": "system", "content": rng.choice(SYSTEM)})
+    for query, answer in turns:
+        messages.append({"role": "user", "content": query})
+        messages.append({"role": "assistant", "content": answer})
+    return {"messages": messages, "family": family}
+
+
+def split_of(messages):
+    """The split that a dialogue belongs to, from its text alone: none is ever in two splits."""
+    text = "\n".join(message["content"] for message in messages)
+    return {0: "val", 1: "test", 2: "test"}.get(zlib.crc32(text.encode()) % 16, "train")
+
+
+def deal(sizes, seed=0, families=tuple(FAMILIES), mixed=False):
+    """Yield (split, dialogue) until each split has its size, {split: n}.
+
+    All dialogues to train, tune and test on are dealt from one stream, so that hardly one is made in
+    vain. Those of new_words and final_words have names and cities of their own.
+    """
+    left = dict(sizes)
+    own = [split for split in left if split.endswith("_words")]
+    for split in own:
+        rng = Random(f"{split} {seed}")
+        for _ in range(left.pop(split)):
+            yield split, one_dialogue(rng, split, families, mixed)
+    rng = Random(seed)
+    while any(left.values()):
+        dialogue = one_dialogue(rng, "train", families, mixed)
+        split = split_of(dialogue["messages"])
+        if left.get(split, 0) > 0:
+            left[split] -= 1
+            yield split, dialogue
 
 
 def generate(split, n, seed=0, families=tuple(FAMILIES), mixed=False):
-    """Yield n dialogues {"messages": [...], "family": str} of a split: train, val, test or new_words.
+    """Yield n dialogues {"messages": [...], "family": str} of a split, deterministic from the seed.
 
-    The dialogues of new_words use names and cities that occur in no other split. mixed: after one to three turns
-    three of ten dialogues go on with one of another family, as people change the subject. Deterministic from the seed.
+    split: train, val, test, new_words or final_words.
+    mixed: people change the subject, so three of ten dialogues go on after one to three turns with
+    one of another family; and they digress, so one of ten is interrupted by a turn of small talk.
     """
-    rng = random.Random(f"{split} {seed}")
-    for _ in range(n):
-        messages, family = one_family(rng, split, families)
-        if mixed and rng.random() < 0.3:
-            more, _ = one_family(rng, split, [other for other in families if other != family])
-            start = (messages[0]["role"] == "system") + 2 * rng.randint(1, 3)
-            messages, family = messages[:start] + [m for m in more if m["role"] != "system"], "mixed"
-        yield {"messages": messages, "family": family}
+    for _, dialogue in deal({split: n}, seed, families, mixed):
+        yield dialogue
 
 
 if __name__ == "__main__":
-    for dialogue in generate("train", 12, seed=random.randrange(10**6), mixed=True):
+    for dialogue in generate("train", 12, seed=time.time(), mixed=True):
         print(f"--- {dialogue['family']}")
         for message in dialogue["messages"]:
             print(f"{message['role']:>9}: {message['content']}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import dialogues
+from data import dialogues, talk, words
 from data.chats import read_chats
 from data.machine import is_running
 from mask import one_pass
@@ -25,21 +25,23 @@ SIZES = {"val": 1000, "test": 2000, "new_words": 1000}  # dialogues of the held-
 CACHE = pathlib.Path(__file__).parent / "cache"
 
 
-def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, skip_bad=False):
+def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, skip_bad=False,
+            families=tuple(dialogues.FAMILIES)):
     """Write the splits to data/cache, unless they are there already, and return their folder.
 
-    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues, mixed as
-    data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families,
+    mixed as data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
     fits; those without one are left out. ValueError for a bad file, or if too few are left.
     """
     encoder = tokenizer.identity + tokenizer.default_system
-    made_from = encoder, block_size, bool(data), n_dialogues, seed, mixed
+    made_from = encoder, block_size, bool(data), n_dialogues, seed, mixed, families
     key = hashlib.sha256(repr(made_from).encode())
     if data and pathlib.Path(data).is_fifo():
         raise ValueError(f"--data {data} is a pipe, which cannot be read twice; write it to a file")
-    with open(data or dialogues.__file__, "rb") as origin:
-        for part in iter(lambda: origin.read(1 << 20), b""):
-            key.update(part)
+    for path in [data] if data else [dialogues.__file__, talk.__file__, words.__file__]:
+        with open(path, "rb") as origin:
+            for part in iter(lambda: origin.read(1 << 20), b""):
+                key.update(part)
     folder = CACHE / key.hexdigest()[:16]
     if folder.exists():
         return folder
@@ -54,7 +56,7 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
         if data:
             splits = own_splits(data, encode, skip_bad)
         else:
-            splits = synthetic_splits(encode, n_dialogues, seed, mixed)
+            splits = synthetic_splits(encode, n_dialogues, seed, mixed, families)
         for name, rows in splits:
             write_split(partial, name, rows)
         partial.rename(folder)
@@ -99,19 +101,22 @@ class Encoder:
                   f"answer, {self.dropped} had no answer that fits and were left out")
 
 
-def synthetic_splits(encode, n_dialogues, seed, mixed):
-    """Yield (split, rows), a row (tokens, segments, family). ValueError if a split is empty."""
-    for split in SPLITS:
-        n = min(SIZES.get(split, n_dialogues), n_dialogues)
-        found, rows = dialogues.generate(split, n, seed, mixed=mixed), []
-        for dialogue in tqdm(found, f"prepare {split}", n, unit=" dialogues", leave=False):
-            row = encode(dialogue["messages"])
-            if row is not None:
-                rows.append((*row, dialogue["family"]))
-        if not rows and split != "new_words":
-            raise ValueError(f"none of {n} dialogues for '{split}' has an answer that fits into "
-                             f"{encode.block_size} tokens; raise --block_size or --n_dialogues")
-        yield split, rows
+def synthetic_splits(encode, n_dialogues, seed, mixed, families):
+    """[(split, rows)], a row (tokens, segments, family). ValueError if one has none."""
+    sizes = {split: min(SIZES.get(split, n_dialogues), n_dialogues) for split in SPLITS}
+    found = dialogues.deal(sizes, seed, families, mixed)
+    rows = {split: [] for split in SPLITS}
+    total = sum(sizes.values())
+    for split, dialogue in tqdm(found, "prepare", total, unit=" dialogues", leave=False):
+        row = encode(dialogue["messages"])
+        if row is not None:
+            rows[split].append((*row, dialogue["family"]))
+    for split in ("train", "val", "test"):
+        if not rows[split]:
+            raise ValueError(f"none of {sizes[split]} dialogues for '{split}' has an answer that "
+                             f"fits into {encode.block_size} tokens; raise --block_size or "
+                             "--n_dialogues")
+    return list(rows.items())
 
 
 def own_splits(data, encode, skip_bad):

@@ -3,7 +3,8 @@ How many whole answers are exactly right: by family of dialogues, by turn, and t
 """
 import numpy as np
 
-from data.dialogues import NEW_CITIES, NEW_NAMES, PATTERNS
+from data.dialogues import PATTERNS
+from data.words import NEW_CITIES, NEW_NAMES
 
 
 def summary(split, answers):
@@ -75,7 +76,7 @@ def report(metrics):
     how = f"loss {metrics['loss']:.4f}, {metrics['seconds']:.0f} s"
     print(f"\nHeld-out answers that are exactly right, whole      {how}")
     for title, key in TABLES.items():
-        if key in metrics:
+        if metrics.get(key):  # none of some families' answers may need a new word
             print(f"  {title}")
             for name, value in metrics[key].items():
                 print(f"    {name:18} {value:6.1%}")

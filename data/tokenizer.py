@@ -7,20 +7,24 @@ Text to token ids and back: a tiktoken Encoding, four special tokens, and the la
 Other layouts differ in their strings alone: a query may be opened by tokens that begin the dialogue, or that stand
 between an answer's <|end|> and the next header (data/hf.py has those of LLaMA 3 and ChatML).
 
-The default encoding is built from `data/ranks.tiktoken`, which `python -m data.tokenizer` makes from the
-text of the synthetic dialogues: 256 bytes and the most frequent merges. Nothing is downloaded.
+The default encoding is built from `data/ranks.tiktoken`, which `python -m data.tokenizer` makes:
+256 bytes, merges of them that are frequent in names, and the commonest words of the synthetic
+dialogues. Names are not among those words, so that each is cut into pieces. A name that was never
+trained on is then made of the same pieces as all others, and can be copied. Nothing is downloaded.
 """
 import base64
 import collections
 import functools
 import pathlib
+import random
 import re
 import zlib
 
 import tiktoken
 
 RANKS = pathlib.Path(__file__).parent / "ranks.tiktoken"
-N_RANKS = 1276  # with the four special tokens 1,280
+N_PIECES = 480  # bytes and merges
+N_RANKS = 1276  # these and whole words; with the four special tokens 1,280
 # One token a digit. Runs are bounded, so that no text takes more than linear time to encode.
 PATTERN = r" ?\p{N}| ?\p{L}{1,24}| ?[^\s\p{L}\p{N}]{1,8}|\s{1,8}"
 ROLES = ("system", "user", "assistant")
@@ -163,11 +167,16 @@ def read_ranks(path):
     return ranks
 
 
+def pieces(text):
+    """The pieces that PATTERN cuts a text into, in the words of the module re."""
+    pattern = PATTERN.replace(r"[^\s\p{L}\p{N}]", r"[^\s\w]")
+    return re.findall(pattern.replace(r"\p{N}", "[0-9]").replace(r"\p{L}", r"[^\W\d_]"), text)
+
+
 def train_ranks(text, n):
-    """Byte-pair encoding: the 256 bytes, then n - 256 times the most frequent neighbouring pair, merged."""
-    pattern = PATTERN.replace(r"[^\s\p{L}\p{N}]", r"[^\s\w]").replace(r"\p{N}", "[0-9]").replace(r"\p{L}", "[A-Za-z]")
-    pieces = collections.Counter(re.findall(pattern, text))
-    words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in pieces.items()}
+    """Byte-pair encoding: 256 bytes, then n - 256 times the most frequent neighbouring pair, merged."""
+    counts = collections.Counter(pieces(text))
+    words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in counts.items()}
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < n:
         pairs = collections.Counter()
@@ -188,11 +197,34 @@ def train_ranks(text, n):
     return ranks
 
 
-if __name__ == "__main__":
-    from data.dialogues import generate
+def add_words(ranks, text, n, leave_out):
+    """Add the commonest words of a text to the ranks, up to n in all, and none of `leave_out`.
 
-    text = "\n".join(m["content"] for dialogue in generate("train", 10000, seed=1) for m in dialogue["messages"])
-    ranks = train_ranks(text, N_RANKS)
-    RANKS.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
-    encoding = Tokenizer().encoding
-    print(f"{RANKS.name}: {len(ranks)} ranks, {len(text.encode()) / len(encoding.encode_ordinary(text)):.2f} bytes a token")
+    Nor a word of two small letters: within a name it would be taken for a piece of it.
+    """
+    for word, _ in collections.Counter(pieces(text)).most_common():
+        short = len(word) < 3 and word == word.lower().strip()
+        if len(ranks) < n and not short and word.strip().lower() not in leave_out:
+            ranks.setdefault(word.encode(), len(ranks))
+
+
+if __name__ == "__main__":
+    from data.dialogues import FAMILIES
+    from data.words import CITIES, NAMES, NEW_CITIES, NEW_NAMES, Words
+
+    # The merges come from names alone: behind a space and not, with a capital and without.
+    names = NAMES + CITIES
+    ranks = train_ranks("\n".join([" ".join(names), " ".join(names).lower(), *names]), N_PIECES)
+    # All other words are whole. Each family is counted alike, in small letters too, as some people
+    # type. The few names of one split stand for all, and are left out.
+    rng, lines = random.Random(1), []
+    for _, family in FAMILIES.values():
+        for _ in range(3000):
+            for query, answer in family(rng, Words(rng, "new_words")):
+                lines += [query, query.lower(), answer]
+    text = "\n".join(lines)
+    add_words(ranks, text, N_RANKS, {word.lower() for word in NEW_NAMES + NEW_CITIES})
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()]
+    RANKS.write_bytes(b"".join(lines))
+    length = len(text.encode()) / len(Tokenizer().encoding.encode_ordinary(text))
+    print(f"{RANKS.name}: {len(ranks)} ranks, {length:.2f} bytes a token")

@@ -10,19 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader as loader
-from data.dialogues import (
-    CITIES,
-    FAMILIES,
-    NAMES,
-    NEW_CITIES,
-    NEW_NAMES,
-    SMALL_TALK,
-    SYSTEM,
-    generate,
-    split_of,
-)
+from data import talk
+from data.dialogues import FAMILIES, PATTERNS, deal, generate, split_of
 from data.loader import Split, prepare
-from data.tokenizer import Tokenizer, train_ranks
+from data.tokenizer import Tokenizer, add_words, train_ranks
+from data.words import CITIES, FINAL_CITIES, FINAL_NAMES, HELD_OUT, NAMES, NEW_CITIES, NEW_NAMES
 from mask import MASKS, loss_positions
 
 TOKENIZER = Tokenizer()
@@ -34,19 +26,58 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+SIZES = {"train": 3000, "val": 300, "test": 300, "new_words": 300, "final_words": 300}
+
+
+def dealt(sizes=SIZES, **settings):
+    """{split: its dialogues}"""
+    splits = {split: [] for split in sizes}
+    for split, dialogue in deal(sizes, **settings):
+        splits[split].append(dialogue)
+    return splits
+
+
+def text(dialogue):
+    return json.dumps(dialogue["messages"], ensure_ascii=False)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_dialogues_are_deterministic_and_the_splits_disjoint(mixed):
-    splits = {name: list(generate(name, 3000 if name == "train" else 300, seed=3, mixed=mixed)) for name in ("train", "val", "test", "new_words")}
-    assert splits["val"] == list(generate("val", 300, seed=3, mixed=mixed)) != list(generate("val", 300, seed=4, mixed=mixed))
-    texts = {name: {json.dumps(d["messages"]) for d in dialogues} for name, dialogues in splits.items()}
-    for a in texts:
-        for b in texts:
-            assert a == b or not texts[a] & texts[b]
-    assert all(split_of(d["messages"]) == name for name in ("train", "val", "test") for d in splits[name] if d["family"] != "mixed")
-    words = {name: set(re.findall(r"\w+", " ".join(texts[name]))) for name in texts}
-    new = set(NEW_NAMES + NEW_CITIES)
-    assert not new & (words["train"] | words["val"] | words["test"]) and not new & set(NAMES + CITIES)
-    assert len(new & words["new_words"]) > 20
+    splits = dealt(seed=3, mixed=mixed)
+    assert {split: len(dialogues) for split, dialogues in splits.items()} == SIZES
+    for split, dialogues in splits.items():
+        assert dialogues == list(generate(split, SIZES[split], seed=3, mixed=mixed))
+        assert dialogues != list(generate(split, SIZES[split], seed=4, mixed=mixed))
+    texts = {split: set(map(text, dialogues)) for split, dialogues in splits.items()}
+    for a, b in itertools.combinations(("train", "val", "test"), 2):
+        assert not texts[a] & texts[b]
+    for split in ("train", "val", "test"):
+        assert {split_of(d["messages"]) for d in splits[split]} == {split}
+
+
+def test_no_held_out_dialogue_is_a_part_of_one_to_train_on():
+    """But for small talk, which is what it is."""
+    splits = dealt({"train": 8000, "test": 500}, seed=1, mixed=True)
+    parts = set()
+    for dialogue in splits["train"]:
+        turns = [m["content"] for m in dialogue["messages"] if m["role"] != "system"]
+        for i in range(0, len(turns), 2):
+            parts |= {"\n".join(turns[i:j]) for j in range(i + 2, len(turns) + 1, 2)}
+    for dialogue in splits["test"]:
+        turns = [m["content"] for m in dialogue["messages"] if m["role"] != "system"]
+        assert dialogue["family"] == "small talk" or "\n".join(turns) not in parts
+
+
+def test_held_out_words_are_in_no_other_split():
+    splits = dealt(seed=3, mixed=True)
+    words = {}
+    for split, dialogues in splits.items():
+        words[split] = set(re.findall(r"[\w'-]+", " ".join(map(text, dialogues)).lower()))
+    new, final = NEW_NAMES + NEW_CITIES, FINAL_NAMES + FINAL_CITIES
+    assert len(HELD_OUT) == len(new + final) and not HELD_OUT & set(NAMES + CITIES)
+    for split, own in (("new_words", new), ("final_words", final)):
+        for word in own:
+            assert {other for other in splits if word.lower() in words[other]} == {split}, word
 
 
 def test_dialogues_have_the_stated_form():
@@ -60,21 +91,47 @@ def test_dialogues_have_the_stated_form():
             assert m["content"] and (m["role"] != "assistant" or m["content"][-1] in ".!?")
 
 
+ANSWERS = {"induction": " gives ", "refinement": "Here it is",
+           "follow-up": " (plus|minus|times|even|odd|more than)|Half of"}
+
+
 def test_mixed_dialogues_go_from_one_family_to_another():
-    """In pairs of families whose first queries show which is which: both are there, the second in whole."""
-    first = {"induction": "gives", "refinement": "list|words|numbers", "follow-up": "Start with|Take the number|I have"}
-    for pair in itertools.combinations(first, 2):
-        dialogues = list(generate("test", 300, seed=1, families=pair, mixed=True))
+    """In pairs of families whose answers show which is which: first the one, then the other."""
+    for pair in itertools.combinations(ANSWERS, 2):
+        dialogues = list(generate("train", 300, seed=1, families=pair, mixed=True))
         mixed = [d["messages"] for d in dialogues if d["family"] == "mixed"]
         assert 50 < len(mixed) < 130
         for messages in mixed:
-            told = " ".join(m["content"] for m in messages)
-            turns = [m for m in messages if m["role"] != "system"]
-            assert all(re.search(first[name], told, re.IGNORECASE) for name in pair)
-            assert [m["role"] for m in turns] == ["user", "assistant"] * (len(messages) // 2)
-            assert all(m["role"] != "system" for m in messages[1:])
-            rests = [[*system, *turns[cut:]] for cut in (2, 4, 6) for system in ([], *([{"content": text}] for text in SYSTEM)) if turns[cut:]]
-            assert "test" in map(split_of, rests)  # a dialogue of its own, no held-out one of another split
+            said = [m["content"] for m in messages if m["role"] == "assistant"]
+            kinds = [[bool(re.search(ANSWERS[name], answer)) for name in pair] for answer in said]
+            assert sorted(kinds) in (kinds, kinds[::-1])
+            assert kinds[0] == kinds[-1][::-1] and sum(kinds[0]) == 1
+
+
+def test_dialogues_are_interrupted_by_small_talk():
+    """One more turn behind the first, and of the family mixed, so that it is counted for no other."""
+    dialogues = list(generate("train", 1000, families=("refinement", "small talk"), mixed=True))
+    answers = {answer for answer, _ in talk.TALK} | {talk.UNKNOWN}
+    interrupted = 0
+    for d in dialogues:
+        said = [m["content"] in answers for m in d["messages"] if m["role"] == "assistant"]
+        assert d["family"] != "refinement" or not any(said)
+        interrupted += d["family"] == "mixed" and not said[0] and sum(said) == 1
+    assert 30 < interrupted < 150
+
+
+def test_a_family_of_ones_own_is_a_function_and_an_entry(cache, monkeypatch):
+    def echo(rng, words):
+        for name in words.names(3):
+            yield f"Say {name}.", f"{name}."
+
+    monkeypatch.setitem(FAMILIES, "echo", (50, echo))
+    families = {d["family"] for d in generate("train", 100, families=tuple(FAMILIES), mixed=True)}
+    assert families >= {"echo", "mixed"}
+    split = Split(prepare(TOKENIZER, 256, n_dialogues=20, families=("echo",)), "new_words")
+    assert split.family_names == ["echo"]
+    told = TOKENIZER.decode(split.tokens[: split.offsets[1]].tolist())
+    assert sum(name in told for name in NEW_NAMES) == 3
 
 
 def numbers(text):
@@ -97,7 +154,7 @@ def test_answers_are_right():
                 assert answer == f"The second list has no {(set(first) - set(second)).pop()}."
             if "only once" in query:
                 named = query.split(".")[0].split(", ")
-                assert [named.count(x) for x in [answer.split()[0]]] == [1]
+                assert named.count(answer.removesuffix(" is named only once.")) == 1
             if query.endswith("Sort them.") and numbers(query):
                 assert numbers(answer) == sorted(numbers(query))
             if " = " in query:
@@ -133,10 +190,45 @@ def test_expansion_answers_stand_in_a_sentence_that_was_told():
                 assert any(person in sentence and value in sentence for sentence in told)
 
 
+def simple(query):
+    return re.sub(r"\W", "", query.lower())
+
+
 def test_a_greeting_may_come_first():
     """It is what people type first."""
-    first = [d["messages"][0]["content"] for d in generate("train", 500, families=("recollection",))]
-    assert 50 < sum(query.capitalize() in (sentence, sentence[:-1]) for query in first for sentence, _ in SMALL_TALK) < 150
+    dialogues = generate("train", 500, families=("recollection",))
+    first = [d["messages"][0]["content"] for d in dialogues]
+    greetings = {simple(query) for _, queries in talk.TALK for query in queries}
+    assert 50 < sum(simple(query) in greetings for query in first) < 150
+
+
+def test_the_unseen_questions_are_not_trained_on():
+    unseen = (loader.CACHE.parent / "unseen_questions.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(unseen)) == 200
+    trained = set()
+    for d in generate("train", 10000, mixed=True):
+        trained |= {m["content"].lower().rstrip(".?!") for m in d["messages"]}
+    assert not {question for question in unseen if question.lower().rstrip(".?!") in trained - {""}}
+
+
+def test_small_talk_has_one_answer_each_and_the_unknown_one_for_all():
+    queries = [query for _, queries in talk.TALK for query in queries]
+    assert len(queries) == len(set(map(str.lower, queries))) > 400
+    rng = random.Random(0)
+    made = [talk.unknown(rng) for _ in range(2000)]
+    assert {answer for _, answer in made} == {talk.UNKNOWN}
+    assert len({query for query, _ in made}) > 1900
+    assert not any(blank in query for query, _ in made for blank in talk.BLANKS)
+
+
+def test_names_are_cut_into_pieces_that_are_known_well():
+    """No name is a token, and each piece of a held-out name is one of names to train on."""
+    def cut(words):
+        return [TOKENIZER.encode(before + word) for word in words for before in ("", " ")]
+
+    known = {token for tokens in cut(NAMES + CITIES) for token in tokens}
+    for tokens in cut(sorted(HELD_OUT)):
+        assert len(tokens) > 1 and known.issuperset(tokens)
 
 
 @settings(max_examples=500, deadline=None)
@@ -185,6 +277,12 @@ def test_unknown_tokenizer_is_one_line():
 def test_train_ranks_merges_the_most_frequent_pair():
     ranks = train_ranks("ab ab ab ac", 258)
     assert list(ranks)[256] in (b"ab", b" a") and len(ranks) == 258
+
+
+def test_the_commonest_words_are_added_but_for_what_may_be_a_piece_of_a_name():
+    ranks = train_ranks("", 256)
+    add_words(ranks, "dog of Of. is Anna anna dog dog cat is", 259, {"anna"})
+    assert list(ranks)[256:] == [b" is", b" dog", b"dog"]
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -1,0 +1,89 @@
+"""
+What a model does with what nobody trained it on, and no setting was chosen on.
+
+1. Names and cities: how many answers that need one are right, word for word, in dialogues whose
+   names are FINAL_NAMES and FINAL_CITIES of data/words.py.
+2. The questions in data/unseen_questions.txt, each in a chat of its own: general knowledge, code,
+   other languages, typing errors and so on. How many answers end by themselves, and how many say
+   that this was not taught.
+
+    python demos/unseen.py [--ckpt out/ckpt.pt] [--show]
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data.dialogues import PATTERNS, generate
+from data.talk import UNKNOWN
+from data.words import FINAL_CITIES, FINAL_NAMES
+from sample import load_chat
+
+QUESTIONS = ROOT / "data" / "unseen_questions.txt"
+LONGEST = 40  # tokens; an answer that is not over then has lost its way
+
+
+@torch.inference_mode()
+def scored(chat, dialogue):
+    """Yield (answer, whether each token of it is the likeliest) for each answer of a dialogue."""
+    tokens, segments = chat.tokenizer.encode_dialogue(dialogue["messages"])
+    tokens, segments = tokens[: chat.size], segments[: chat.size]
+    logits = chat.model(torch.tensor([tokens]), chat.mask(torch.tensor([segments])))[0]
+    likeliest = [None] + logits.argmax(1).tolist()[:-1]
+    for segment in range(2, max(segments) + 1, 2):
+        places = [place for place, number in enumerate(segments) if number == segment]
+        answer = [tokens[place] for place in places]
+        if answer[-1] == chat.tokenizer.end:  # else it was cut off
+            right = answer == [likeliest[place] for place in places]
+            yield chat.tokenizer.decode(answer[:-1]), right
+
+
+def new_names(chat, n):
+    """{family: (answers that need a final name, how many of them are right)} in n dialogues."""
+    counts = {}
+    for dialogue in generate("final_words", n, mixed=True):
+        for answer, right in scored(chat, dialogue):
+            if any(word in answer for word in FINAL_NAMES + FINAL_CITIES):
+                asked, known = counts.get(dialogue["family"], (0, 0))
+                counts[dialogue["family"]] = asked + 1, known + right
+    patterns = [counts[name] for name in PATTERNS if name in counts]
+    counts["the four patterns"] = tuple(map(sum, zip(*patterns)))
+    return counts
+
+
+def answers(chat, questions):
+    """[(question, answer, whether it ended by itself)]"""
+    found = []
+    for question in questions:
+        chat.reset()
+        answer = chat.send(question)
+        found.append((question, answer, chat.stats["decode tokens"] <= LONGEST))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A model on names and questions new to it.")
+    parser.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint of train.py")
+    parser.add_argument("--show", action="store_true", help="print each question and its answer")
+    a = parser.parse_args()
+    try:
+        chat = load_chat(a.ckpt, device="cpu", dtype="float32", max_new_tokens=LONGEST)
+    except ValueError as error:
+        sys.exit(f"unseen.py: {error}")
+    print("Answers that need a name or a city that nothing was chosen on, right")
+    for family, (asked, right) in sorted(new_names(chat, 1000).items()):
+        print(f"  {family:18} {right / asked:6.1%} of {asked}")
+    found = answers(chat, QUESTIONS.read_text(encoding="utf-8").splitlines())
+    for question, answer, ended in found if a.show else ():
+        print(f"> {question}\n{answer}" + ("" if ended else " ..."))
+    ends = sum(ended for _, _, ended in found)
+    told = sum(answer == UNKNOWN for _, answer, _ in found)
+    print(f"Questions that nobody trained it on: {ends} of {len(found)} answers end within {LONGEST} "
+          f"tokens, {told} say that this was not taught")
+
+
+if __name__ == "__main__":
+    main()
