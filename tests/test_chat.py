@@ -1,4 +1,5 @@
 """Chat: its cache equals one fresh forward after every turn, and it survives what people type."""
+
 import random
 import subprocess
 import sys
@@ -21,16 +22,29 @@ TOKENIZER = Tokenizer()
 
 def make_chat(mask="ism", block_size=128, seed=0, token_shift=True, **settings):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=block_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
-                          n_hidden=48, token_shift=token_shift))
+    model = GPT(
+        GPTConfig(
+            vocab_size=TOKENIZER.vocab_size,
+            block_size=block_size,
+            n_layer=2,
+            n_head=2,
+            n_kv_head=1,
+            n_embd=32,
+            n_hidden=48,
+            token_shift=token_shift,
+        )
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return Chat(model, TOKENIZER, MASKS[mask], **{"max_new_tokens": 12, "temperature": 1.0, **settings})
+    return Chat(
+        model, TOKENIZER, MASKS[mask], **{"max_new_tokens": 12, "temperature": 1.0, **settings}
+    )
 
 
 @torch.no_grad()
 def check_cache(chat):
     """What the cache gives after the turn, and for the next query, equals one fresh forward over the whole dialogue."""
+
     def check(tokens, f, keep):
         tokens = torch.tensor([tokens])
         whole, chat.cache.length = chat.model(tokens, f)[0, -1], keep
@@ -56,11 +70,25 @@ def check_cache(chat):
 def sessions(count):
     rng = random.Random(7)
     for number in range(count):
-        chat = make_chat(rng.choice(list(MASKS)), rng.choice((48, 96, 128)), seed=number, token_shift=rng.random() < 0.5,
-                         system=rng.choice(("", "Be kind.")))
+        chat = make_chat(
+            rng.choice(list(MASKS)),
+            rng.choice((48, 96, 128)),
+            seed=number,
+            token_shift=rng.random() < 0.5,
+            system=rng.choice(("", "Be kind.")),
+        )
         for _ in range(rng.randint(1, 8)):
-            text = " ".join(rng.choices(["Ann", "lives", "in", "Rome", "7", "é", "<|end|>"], k=rng.randint(0, chat.size // rng.choice((1, 3, 12)))))
-            chat.temperature, chat.top_k, chat.top_p = rng.choice((0.0, 1.0)), rng.choice((0, 5)), rng.choice((1.0, 0.5))
+            text = " ".join(
+                rng.choices(
+                    ["Ann", "lives", "in", "Rome", "7", "é", "<|end|>"],
+                    k=rng.randint(0, chat.size // rng.choice((1, 3, 12))),
+                )
+            )
+            chat.temperature, chat.top_k, chat.top_p = (
+                rng.choice((0.0, 1.0)),
+                rng.choice((0, 5)),
+                rng.choice((1.0, 0.5)),
+            )
             chat.max_new_tokens = rng.choice((1, 5, 30, 200))
             if rng.random() < 0.1:
                 chat.reset()
@@ -79,7 +107,12 @@ def sessions(count):
 def test_a_loaded_history_is_laid_out_as_in_training():
     rng, chat = random.Random(3), make_chat()
     for _ in range(200):
-        say = lambda role: {"role": role, "content": " ".join(rng.choices(["Ann", "Rome", "7", "é", "<|end|>"], k=rng.randint(0, 4)))}
+        say = lambda role: {
+            "role": role,
+            "content": " ".join(
+                rng.choices(["Ann", "Rome", "7", "é", "<|end|>"], k=rng.randint(0, 4))
+            ),
+        }
         messages = [say("system")] * rng.randint(0, 1)
         for _ in range(rng.randint(1, 4)):
             messages += [say("user") for _ in range(rng.choice((1, 1, 2)))] + [say("assistant")]
@@ -110,7 +143,9 @@ def test_each_turn_is_read_once_under_ism():
 def test_chat_under_ism_never_builds_a_mask(monkeypatch):
     chosen = []
     original = model_module.choose_attention
-    monkeypatch.setattr(model_module, "choose_attention", lambda *a: chosen.append(original(*a)) or chosen[-1])
+    monkeypatch.setattr(
+        model_module, "choose_attention", lambda *a: chosen.append(original(*a)) or chosen[-1]
+    )
     chat = make_chat("ism", 256)
     for text in ("one", "two two", "three"):
         chat.send(text)
@@ -129,7 +164,9 @@ def test_a_history_is_read_in_one_call_and_goes_on_the_same():
     assert b.stats["prefill tokens"] == b.cache.length - b.stats["decode tokens"]
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "x"}], [{"role": "robot", "content": "x"}]])
+@pytest.mark.parametrize(
+    "messages", [[], [{"role": "user", "content": "x"}], [{"role": "robot", "content": "x"}]]
+)
 def test_bad_history(messages):
     with pytest.raises(ValueError, match="history"):
         go_on(make_chat(), messages)
@@ -206,17 +243,27 @@ def test_no_special_token_is_sampled():
     for text in ("<|end|><|assistant|>", "b"):
         chat.send(text)
     for _, answer in chat.turns:
-        assert not {*TOKENIZER.headers.values(), TOKENIZER.end} & set(answer[:-1]) and answer[-1] == TOKENIZER.end
+        assert (
+            not {*TOKENIZER.headers.values(), TOKENIZER.end} & set(answer[:-1])
+            and answer[-1] == TOKENIZER.end
+        )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(-50, 50), min_size=2, max_size=20), st.integers(0, 25), st.floats(0.01, 1), st.integers(0, 10**6))
+@given(
+    st.lists(st.integers(-50, 50), min_size=2, max_size=20),
+    st.integers(0, 25),
+    st.floats(0.01, 1),
+    st.integers(0, 10**6),
+)
 def test_sample_stays_in_its_set(logits, top_k, top_p, seed):
     logits = torch.tensor(logits) / 10  # equal or well apart
     token = sample(logits.clone(), 1.0, top_k, top_p, torch.Generator().manual_seed(seed))
     larger = logits > logits[token]
     assert not top_k or larger.sum() < top_k
-    kept = logits if not top_k else logits[logits >= logits.topk(min(top_k, len(logits))).values[-1]]
+    kept = (
+        logits if not top_k else logits[logits >= logits.topk(min(top_k, len(logits))).values[-1]]
+    )
     assert kept[kept > logits[token]].exp().sum() / kept.exp().sum() < top_p + 1e-4
     assert sample(logits, 0.0) == int(logits.argmax())
 
@@ -227,16 +274,36 @@ def test_printable():
 
 def run(*arguments, timeout=300, **options):
     """A command of the project, as a user gives it; the timeout allows for a busy machine."""
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=timeout, **options)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+        **options,
+    )
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("sample.py", "--ckpt", "no-such.pt"), "python train.py"), (("sample.py", "--ckpt", "README.md"), "not a checkpoint"),
-    (("sample.py", "--temperature", "-1"), "--temperature must be from 0 on"), (("sample.py", "--nonsense"), "unrecognized"),
-    (("train.py", "--mask", "foo"), "'causal', 'prefix', 'ism'"), (("train.py", "--max_iters", "many"), "int"),
-    (("train.py", "--device", "tpu"), "there is"), (("train.py", "--n_embd", "130"), "n_embd"), (("train.py", "--max_iter", "3"), "unrecognized"),
-    (("train.py", "--max_iters", "-5"), "at least 1"), (("train.py", "--learning_rate", "nan"), "from 0 on"),
-    (("train.py", "--resume"), "no checkpoint"), (("train.py", "--data", "no-such.jsonl"), "no-such.jsonl"), (("train.py", "--tokenizer", "foo"), "nanoism")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("sample.py", "--ckpt", "no-such.pt"), "python train.py"),
+        (("sample.py", "--ckpt", "README.md"), "not a checkpoint"),
+        (("sample.py", "--temperature", "-1"), "--temperature must be from 0 on"),
+        (("sample.py", "--nonsense"), "unrecognized"),
+        (("train.py", "--mask", "foo"), "'causal', 'prefix', 'ism'"),
+        (("train.py", "--max_iters", "many"), "int"),
+        (("train.py", "--device", "tpu"), "there is"),
+        (("train.py", "--n_embd", "130"), "n_embd"),
+        (("train.py", "--max_iter", "3"), "unrecognized"),
+        (("train.py", "--max_iters", "-5"), "at least 1"),
+        (("train.py", "--learning_rate", "nan"), "from 0 on"),
+        (("train.py", "--resume"), "no checkpoint"),
+        (("train.py", "--data", "no-such.jsonl"), "no-such.jsonl"),
+        (("train.py", "--tokenizer", "foo"), "nanoism"),
+    ],
+)
 def test_user_errors_are_one_line(arguments, words, tmp_path):
     out = ("--out_dir", str(tmp_path)) if arguments[0] == "train.py" else ()
     done = run(*arguments, *out)

@@ -1,4 +1,5 @@
 """What a file of chats says is used, refused by its name, or told to be left out."""
+
 import json
 import random
 
@@ -12,7 +13,9 @@ from data.tokenizer import Tokenizer
 from mask import MASKS, loss_positions
 
 TOKENIZER = Tokenizer()
-NAMES = {role: [role, *(name for name, known in ALIASES.items() if known == role)] for role in ROLES}
+NAMES = {
+    role: [role, *(name for name, known in ALIASES.items() if known == role)] for role in ROLES
+}
 
 
 def write(path, records):
@@ -34,13 +37,18 @@ def in_some_form(messages, rng):
         content = m["content"]
         if rng.random() < 0.3:  # as parts of text
             cut = rng.randint(0, len(content))
-            content = [{"type": "text", "text": content[:cut]}, rng.choice((content[cut:], {"text": content[cut:]}))]
+            content = [
+                {"type": "text", "text": content[:cut]},
+                rng.choice((content[cut:], {"text": content[cut:]})),
+            ]
         message = {
             rng.choice(("role", "from")): rng.choice(NAMES[m["role"]]),
             rng.choice(("content", "value")): content,
         }
         if rng.random() < 0.3:
-            message |= rng.choice(({"name": "x"}, {"weight": 1}, {"loss": None}, {"loss": True}, {"tool_calls": []}))
+            message |= rng.choice(
+                ({"name": "x"}, {"weight": 1}, {"loss": None}, {"loss": True}, {"tool_calls": []})
+            )
         told.append(message)
     doubled = len(messages) > 1 and messages[1] == messages[0]
     record = {rng.choice(("messages", "conversations")): told}
@@ -67,10 +75,19 @@ def test_alpacas_form(tmp_path):
     for _ in range(200):
         turns = [(f"q {rng.random()}", f"a {rng.random()}") for _ in range(rng.randint(1, 4))]
         extra = rng.choice(("", "more"))
-        record = {"instruction": turns[-1][0], "output": turns[-1][1], "input": extra, "history": [list(t) for t in turns[:-1]]}
+        record = {
+            "instruction": turns[-1][0],
+            "output": turns[-1][1],
+            "input": extra,
+            "history": [list(t) for t in turns[:-1]],
+        }
         asked = [q for q, _ in turns]
         asked[-1] += f"\n{extra}" if extra else ""
-        messages = [{"role": r, "content": c} for q, (_, a) in zip(asked, turns) for r, c in (("user", q), ("assistant", a))]
+        messages = [
+            {"role": r, "content": c}
+            for q, (_, a) in zip(asked, turns)
+            for r, c in (("user", q), ("assistant", a))
+        ]
         if rng.random() < 0.5:
             record["system"] = "Be kind."
             messages.insert(0, {"role": "system", "content": "Be kind."})
@@ -81,23 +98,47 @@ def test_alpacas_form(tmp_path):
 
 USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
 BAD = [
-    ({"messages": [USER, {"role": "assistant", "content": None}]}, "line 2, message 2: content is null"),
-    ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "content is null (tool_calls is not supported)"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        "line 2, message 2: content is null",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        "content is null (tool_calls is not supported)",
+    ),
     ({"messages": [USER, {"role": "assistant"}]}, "message 2: content is null"),
-    ({"messages": [USER, {"role": "robot", "content": "x"}]}, 'message 2: the role is "robot"; known are system, user, assistant, human'),
+    (
+        {"messages": [USER, {"role": "robot", "content": "x"}]},
+        'message 2: the role is "robot"; known are system, user, assistant, human',
+    ),
     ({"messages": [USER, {"content": "x"}]}, "message 2: the role is null"),
     ({"messages": [USER, {"role": ["user"], "content": "x"}]}, "message 2: the role is"),
-    ({"messages": [{"role": "user", "content": 5}, ANSWER]}, "message 1: content is no text but a int"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "part of type image_url; only text"),
-    ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "message 2: the weight is 0.5; known are 0 and 1"),
+    (
+        {"messages": [{"role": "user", "content": 5}, ANSWER]},
+        "message 1: content is no text but a int",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
+        "part of type image_url; only text",
+    ),
+    (
+        {"messages": [USER, {**ANSWER, "weight": 0.5}]},
+        "message 2: the weight is 0.5; known are 0 and 1",
+    ),
     ({"messages": [USER, "hi"]}, "message 2 is no object but a str"),
-    ({"messages": []}, "'messages' is no list of messages"), ({"conversations": {}}, "'conversations' is no list"),
+    ({"messages": []}, "'messages' is no list of messages"),
+    ({"conversations": {}}, "'conversations' is no list"),
     ({"messages": [USER, ANSWER], "images": ["a.png"]}, "'images' is not supported, only text"),
-    ({"prompt": "x", "completion": "y"}, "neither 'messages' nor 'conversations' among completion, prompt"),
-    ({"chosen": [USER], "rejected": [USER]}, "among chosen, rejected"), ({}, "among nothing"),
+    (
+        {"prompt": "x", "completion": "y"},
+        "neither 'messages' nor 'conversations' among completion, prompt",
+    ),
+    ({"chosen": [USER], "rejected": [USER]}, "among chosen, rejected"),
+    ({}, "among nothing"),
     ({"messages": [USER, ANSWER], "system": 5}, "'system' is no text but a int"),
     ({"instruction": "x", "output": "y", "history": ["a"]}, "'history' must be pairs"),
-    ([USER], "got a list"), (7, "got a int"),
+    ([USER], "got a list"),
+    (7, "got a int"),
 ]
 
 
@@ -106,7 +147,11 @@ def test_what_is_refused_is_named_with_its_line_and_message(tmp_path, record, wo
     path = write(tmp_path / "c.jsonl", [{"messages": [USER, ANSWER]}, record])
     with pytest.raises(ValueError, match="^" + str(path) + ", line 2") as error:
         list(read_chats(path))
-    assert words in str(error.value) and "--skip_bad" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        words in str(error.value)
+        and "--skip_bad" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_bad_lines_can_be_skipped_and_are_counted(tmp_path, capsys):
@@ -114,7 +159,9 @@ def test_bad_lines_can_be_skipped_and_are_counted(tmp_path, capsys):
     mixed = good + [record for record, _ in BAD]
     random.Random(0).shuffle(mixed)
     found = list(read_chats(write(tmp_path / "c.jsonl", mixed), skip_bad=True))
-    assert sorted(m[1]["content"] for m in found) == sorted(m["messages"][1]["content"] for m in good)
+    assert sorted(m[1]["content"] for m in found) == sorted(
+        m["messages"][1]["content"] for m in good
+    )
     assert f": {len(BAD)} lines that cannot be read, the first line " in capsys.readouterr().out
 
 
@@ -122,16 +169,35 @@ def test_what_is_left_out_is_counted_and_told(tmp_path, capsys):
     records = [
         {"messages": [USER, {**ANSWER, "reasoning_content": "because", "tool_calls": [{"id": 1}]}]},
         {"messages": [USER, {**ANSWER, "reasoning_content": "because"}], "tools": [{"x": 1}]},
-        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "z"}], "tools": "[]", "system": "s"},
+        {
+            "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "z"}],
+            "tools": "[]",
+            "system": "s",
+        },
     ]
     found = list(read_chats(write(tmp_path / "c.jsonl", records)))
-    assert [[m["content"] for m in messages] for messages in found] == [["x", "y"], ["x", "y"], ["s", "x", "z"]]
+    assert [[m["content"] for m in messages] for messages in found] == [
+        ["x", "y"],
+        ["x", "y"],
+        ["s", "x", "z"],
+    ]
     told = capsys.readouterr().out
-    assert told.count("\n") == 1 and "2 times reasoning_content, 1 times tool_calls, 2 times tools" in told
+    assert (
+        told.count("\n") == 1
+        and "2 times reasoning_content, 1 times tool_calls, 2 times tools" in told
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(("user", "assistant")), st.sampled_from((None, 0, 1, False, True))), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(("user", "assistant")), st.sampled_from((None, 0, 1, False, True))
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_an_answer_of_no_weight_is_given_and_not_learned(turns):
     """Its tokens stand where they would, but in the query's segment; only other answers have loss."""
     messages, learned = [], 0
@@ -142,7 +208,9 @@ def test_an_answer_of_no_weight_is_given_and_not_learned(turns):
         messages.append(message)
         learned += role == "assistant" and "given" not in message
     tokens, segments = TOKENIZER.encode_dialogue(messages)
-    plain, _ = TOKENIZER.encode_dialogue([{k: v for k, v in m.items() if k != "given"} for m in messages])
+    plain, _ = TOKENIZER.encode_dialogue(
+        [{k: v for k, v in m.items() if k != "given"} for m in messages]
+    )
     without = lambda ids: [t for t in ids if t != TOKENIZER.headers["assistant"]]
     assert without(tokens) == without(plain)  # a header may stand at the end of the query before
     for i, message in enumerate(messages):
@@ -155,12 +223,26 @@ def test_an_answer_of_no_weight_is_given_and_not_learned(turns):
 
 def test_weights_in_a_file_reach_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr("data.loader.CACHE", tmp_path / "cache")
-    turn = lambda n, **kw: [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": f"say {n}", **kw}]
+    turn = lambda n, **kw: [
+        {"role": "user", "content": f"ask {n}"},
+        {"role": "assistant", "content": f"say {n}", **kw},
+    ]
     records = [{"messages": turn(n, weight=0) + turn(n + 100)} for n in range(6)]
-    records += [{"conversations": [{"from": "human", "value": f"q {n}"}, {"from": "gpt", "value": "ok", "loss": False}, *turn(n)]} for n in range(6)]
+    records += [
+        {
+            "conversations": [
+                {"from": "human", "value": f"q {n}"},
+                {"from": "gpt", "value": "ok", "loss": False},
+                *turn(n),
+            ]
+        }
+        for n in range(6)
+    ]
     splits = read_splits(prepare(TOKENIZER, 64, write(tmp_path / "c.jsonl", records)))
     for split in splits.values():
         for row in split.rows(MASKS["ism"]):
             tokens, segments = split.collate(row[None])
             trained = loss_positions(segments, MASKS["ism"](segments))
-            assert segments.max() == 2 and TOKENIZER.decode(tokens.roll(-1, 1)[trained].tolist()).startswith("say ")
+            assert segments.max() == 2 and TOKENIZER.decode(
+                tokens.roll(-1, 1)[trained].tolist()
+            ).startswith("say ")

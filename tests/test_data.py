@@ -1,4 +1,5 @@
 """Dialogues, tokenizer, batches."""
+
 import itertools
 import json
 import random
@@ -91,8 +92,11 @@ def test_dialogues_have_the_stated_form():
             assert m["content"] and (m["role"] != "assistant" or m["content"][-1] in ".!?")
 
 
-ANSWERS = {"induction": " gives ", "refinement": "Here it is",
-           "follow-up": " (plus|minus|times|even|odd|more than)|Half of"}
+ANSWERS = {
+    "induction": " gives ",
+    "refinement": "Here it is",
+    "follow-up": " (plus|minus|times|even|odd|more than)|Half of",
+}
 
 
 def test_mixed_dialogues_go_from_one_family_to_another():
@@ -185,7 +189,11 @@ def test_expansion_answers_stand_in_a_sentence_that_was_told():
         for m in d["messages"]:
             if m["role"] == "user":
                 told += m["content"].split(". ")
-            for said in m["content"][:-1].split(". ") if m["role"] == "assistant" and "Added" not in m["content"] else ():
+            for said in (
+                m["content"][:-1].split(". ")
+                if m["role"] == "assistant" and "Added" not in m["content"]
+                else ()
+            ):
                 person, *_, value = said.removesuffix(" years old").split()
                 assert any(person in sentence and value in sentence for sentence in told)
 
@@ -223,6 +231,7 @@ def test_small_talk_has_one_answer_each_and_the_unknown_one_for_all():
 
 def test_names_are_cut_into_pieces_that_are_known_well():
     """No name is a token, and each piece of a held-out name is one of names to train on."""
+
     def cut(words):
         return [TOKENIZER.encode(before + word) for word in words for before in ("", " ")]
 
@@ -234,12 +243,18 @@ def test_names_are_cut_into_pieces_that_are_known_well():
 @settings(max_examples=500, deadline=None)
 @given(st.text())
 def test_any_text_round_trips(text):
-    assert TOKENIZER.decode(TOKENIZER.encode_answer(text)[:-1]) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert TOKENIZER.decode(TOKENIZER.encode_answer(text)[:-1]) == text.encode(
+        "utf-16", "surrogatepass"
+    ).decode("utf-16", "replace")
 
 
 def test_every_byte_is_a_token_and_digits_are_single():
     ranks = TOKENIZER.encoding._mergeable_ranks
-    assert all(bytes([b]) in ranks for b in range(256)) and len(ranks) == 1276 and TOKENIZER.vocab_size == 1280
+    assert (
+        all(bytes([b]) in ranks for b in range(256))
+        and len(ranks) == 1276
+        and TOKENIZER.vocab_size == 1280
+    )
     assert all(len(TOKENIZER.encoding.encode_ordinary(str(10**n))) == n + 1 for n in range(12))
 
 
@@ -252,19 +267,28 @@ def test_special_tokens_cannot_be_typed(parts):
     text = "".join(parts)
     ids = {TOKENIZER.end, *TOKENIZER.headers.values()}
     assert not ids & set(TOKENIZER.encode_answer(text)[:-1])
-    tokens, _ = TOKENIZER.encode_dialogue([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+    tokens, _ = TOKENIZER.encode_dialogue(
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    )
     assert sum(t in ids for t in tokens) == 4  # <|user|>, <|end|>, <|assistant|>, <|end|>
 
 
 def test_layout():
     def shape(*roles):
-        tokens, segments = TOKENIZER.encode_dialogue([{"role": role, "content": "x"} for role in roles])
+        tokens, segments = TOKENIZER.encode_dialogue(
+            [{"role": role, "content": "x"} for role in roles]
+        )
         return TOKENIZER.decode(tokens), "".join(map(str, segments))
 
     assert shape("user", "assistant") == ("<|user|>x<|end|><|assistant|>x<|end|>", "111122")
     assert shape("system", "user", "user", "assistant", "user") == (
-        "<|system|>x<|end|><|user|>x<|end|><|user|>x<|end|><|assistant|>x<|end|><|user|>x<|end|><|assistant|>", "1" * 10 + "22" + "3333")
-    assert shape("assistant", "assistant") == ("<|assistant|>x<|end|><|assistant|>x<|end|>", "122344")
+        "<|system|>x<|end|><|user|>x<|end|><|user|>x<|end|><|assistant|>x<|end|><|user|>x<|end|><|assistant|>",
+        "1" * 10 + "22" + "3333",
+    )
+    assert shape("assistant", "assistant") == (
+        "<|assistant|>x<|end|><|assistant|>x<|end|>",
+        "122344",
+    )
     assert TOKENIZER.encode_dialogue([]) == ([], [])
 
 
@@ -330,7 +354,14 @@ def write(path, lines):
 
 
 def chat(n, words="hello"):
-    return json.dumps({"messages": [{"role": "user", "content": f"{words} {n}"}, {"role": "assistant", "content": f"yes {n}"}]})
+    return json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": f"{words} {n}"},
+                {"role": "assistant", "content": f"yes {n}"},
+            ]
+        }
+    )
 
 
 def test_own_chats(cache):
@@ -340,8 +371,19 @@ def test_own_chats(cache):
     assert sizes == {"train": 8, "val": 1, "test": 1}
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"messages": "x"}', "7",
-                                  '{"messages": [{"role": "robot", "content": "x"}]}', '{"messages": [{"role": "user", "content": 5}]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": "x"}',
+        "7",
+        '{"messages": [{"role": "robot", "content": "x"}]}',
+        '{"messages": [{"role": "user", "content": 5}]}',
+    ],
+)
 def test_a_bad_line_is_reported_by_its_number(cache, line):
     path = write(cache / "chats.jsonl", [chat(n) for n in range(4)] + [line])
     with pytest.raises(ValueError, match="chats.jsonl, line 5") as error:
@@ -351,9 +393,15 @@ def test_a_bad_line_is_reported_by_its_number(cache, line):
 
 
 def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
-    long = {"messages": [{"role": r, "content": "a b c d e f g h"} for r in ("user", "assistant") * 6]}
-    none = {"messages": [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]}
-    path = write(cache / "chats.jsonl", [chat(n) for n in range(30)] + [json.dumps(long), json.dumps(none)])
+    long = {
+        "messages": [{"role": r, "content": "a b c d e f g h"} for r in ("user", "assistant") * 6]
+    }
+    none = {
+        "messages": [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
+    }
+    path = write(
+        cache / "chats.jsonl", [chat(n) for n in range(30)] + [json.dumps(long), json.dumps(none)]
+    )
     folder = prepare(TOKENIZER, 64, data=path)
     assert "1 dialogues were cut" in capsys.readouterr().out
     for name in ("train", "val", "test"):
@@ -364,21 +412,49 @@ def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
 
 def test_dialogues_without_an_answer_are_left_out(cache, capsys):
     """A batch of them would have no loss, and a mean over nothing is NaN."""
-    alone = [json.dumps({"messages": [{"role": "user", "content": f"Anyone? {n}"}]}) for n in range(40)]
+    alone = [
+        json.dumps({"messages": [{"role": "user", "content": f"Anyone? {n}"}]}) for n in range(40)
+    ]
     path = write(cache / "chats.jsonl", alone + [chat(n) for n in range(20)])
     folder = prepare(TOKENIZER, 64, path)
     kept = [Split(folder, name) for name in ("train", "val", "test")]
-    assert sum(len(split.families) for split in kept) == 20 and "40 had no answer that fits" in capsys.readouterr().out
+    assert (
+        sum(len(split.families) for split in kept) == 20
+        and "40 had no answer that fits" in capsys.readouterr().out
+    )
     with pytest.raises(ValueError, match="0 different dialogues with an answer that fits"):
         prepare(TOKENIZER, 64, write(cache / "alone.jsonl", alone))
 
 
 def test_sharegpt_and_tools_are_the_same_chats(tmp_path):
     """A chat in ShareGPT's form, and one with a tool's results, are read as what they say in the form of OpenAI."""
-    rng, names = random.Random(0), {"system": ["system"], "user": ["human", "user", "tool", "observation"], "assistant": ["gpt", "assistant"]}
-    chats = [[{"role": rng.choice(list(names)), "content": rng.choice(("", "hi", "<|end|>", "é 3"))} for _ in range(rng.randint(1, 6))] for _ in range(200)]
-    share = [{"conversations": [{"from": rng.choice(names[m["role"]]), "value": m["content"]} for m in chat]} for chat in chats]
-    ours = [{"messages": [{**m, "role": rng.choice(names[m["role"]]), "name": "x"} for m in chat]} for chat in chats]
+    rng, names = (
+        random.Random(0),
+        {
+            "system": ["system"],
+            "user": ["human", "user", "tool", "observation"],
+            "assistant": ["gpt", "assistant"],
+        },
+    )
+    chats = [
+        [
+            {"role": rng.choice(list(names)), "content": rng.choice(("", "hi", "<|end|>", "é 3"))}
+            for _ in range(rng.randint(1, 6))
+        ]
+        for _ in range(200)
+    ]
+    share = [
+        {
+            "conversations": [
+                {"from": rng.choice(names[m["role"]]), "value": m["content"]} for m in chat
+            ]
+        }
+        for chat in chats
+    ]
+    ours = [
+        {"messages": [{**m, "role": rng.choice(names[m["role"]]), "name": "x"} for m in chat]}
+        for chat in chats
+    ]
     for form in (share, ours):
         (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, form)), encoding="utf-8")
         assert list(loader.read_chats(tmp_path / "c.jsonl")) == chats

@@ -1,4 +1,5 @@
 """From a checkpoint folder to a fine-tuned one: parts of a batch, checkpointing, annealing, LoRA, saving, memory, processes."""
+
 import copy
 import json
 import random
@@ -29,19 +30,45 @@ sys.path.insert(0, str(ROOT / "demos"))
 import finetune as finetune_module
 from finetune import LINEAR, Finetune, add_lora, finetune, memory, merge_lora
 
-TINY = dict(n_layer=2, n_head=2, n_embd=32, batch_size=2, block_size=256, eval_interval=1000, dtype="float32", device="cpu")
-FOLDER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-              max_position_embeddings=256, vocab_size=260, rms_norm_eps=1e-6, rope_theta=10000.0)
+TINY = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    batch_size=2,
+    block_size=256,
+    eval_interval=1000,
+    dtype="float32",
+    device="cpu",
+)
+FOLDER = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    vocab_size=260,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+)
 
 
 def make_folder(folder, **options):
     """A random checkpoint in the Hugging Face format: a Qwen2 whose tokens are the bytes and those of ChatML."""
     folder.mkdir(parents=True)
-    config = {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, **FOLDER, **options}
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "tie_word_embeddings": True,
+        **FOLDER,
+        **options,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.json").write_text(json.dumps(SYMBOLS))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {256 + i: {"content": t, "special": True} for i, t in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    special = {
+        256 + i: {"content": t, "special": True}
+        for i, t in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
     torch.manual_seed(0)
     model = GPT(read_config(folder))
@@ -61,8 +88,19 @@ def chats(tmp_path, monkeypatch):
     monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
     path = tmp_path / "chats.jsonl"
     rng = random.Random(0)
-    dialogues = [sum((json.loads(chat(n, "hello " * rng.randint(1, 3)))["messages"] for _ in range(rng.randint(1, 3))), []) for n in range(60)]
-    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in dialogues), encoding="utf-8")
+    dialogues = [
+        sum(
+            (
+                json.loads(chat(n, "hello " * rng.randint(1, 3)))["messages"]
+                for _ in range(rng.randint(1, 3))
+            ),
+            [],
+        )
+        for n in range(60)
+    ]
+    path.write_text(
+        "\n".join(json.dumps({"messages": messages}) for messages in dialogues), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -82,7 +120,9 @@ def test_parts_add_up_to_the_batch(tmp_path, chats, mask):
     for parts in (2, 3, 50):
         assert (losses(grad_accum=parts, **s) - whole).abs().max() < 1e-5
         other = load_checkpoint(tmp_path / "ckpt.pt")["model"]
-        assert all((weights[name] - other[name]).abs().max() < 1e-3 for name in weights)  # Adam divides by what may be small
+        assert all(
+            (weights[name] - other[name]).abs().max() < 1e-3 for name in weights
+        )  # Adam divides by what may be small
 
 
 def gradients_of(model, tokens, f):
@@ -121,7 +161,17 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=50, block_size=96, n_layer=6, n_head=4, n_embd=32, n_hidden=48, **VARIANTS[variant]))
+    model = GPT(
+        GPTConfig(
+            vocab_size=50,
+            block_size=96,
+            n_layer=6,
+            n_head=4,
+            n_embd=32,
+            n_hidden=48,
+            **VARIANTS[variant],
+        )
+    )
     rng = random.Random(1)
     twin = copy.deepcopy(model)
     recompute_blocks(twin)
@@ -130,7 +180,10 @@ def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
         f = list(MASKS.values())[number % 3](segments)
         results, peaks = [], []
         for each in (model, twin):
-            with Live(*each.parameters()) as live, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with (
+                Live(*each.parameters()) as live,
+                torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+            ):
                 results.append(gradients_of(each, tokens, f))
             peaks.append(live.peak)
             each.zero_grad()
@@ -144,17 +197,26 @@ def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
 def test_an_annealed_mask_lies_between_and_does_not_leak(name):
     rng, mask = random.Random(2), MASKS[name]
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=50, block_size=96, n_layer=3, n_head=2, n_kv_head=2, n_embd=16, n_hidden=24)).eval()
+    model = GPT(
+        GPTConfig(
+            vocab_size=50, block_size=96, n_layer=3, n_head=2, n_kv_head=2, n_embd=16, n_hidden=24
+        )
+    ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     for _ in range(30):
         tokens, segments = dialogue(rng)
-        steps = [annealed(mask, share)(segments) for share in (0, *sorted(rng.random() for _ in range(3)), 1)]
+        steps = [
+            annealed(mask, share)(segments)
+            for share in (0, *sorted(rng.random() for _ in range(3)), 1)
+        ]
         assert torch.equal(steps[0], causal(segments)) and torch.equal(steps[-1], mask(segments))
         assert all((a <= b).all() for a, b in zip(steps, steps[1:]))
         f = rng.choice(steps)
         at = loss_positions(segments, f)[0].nonzero()[:, 0]
-        assert set(loss_positions(segments, mask(segments))[0].nonzero()[:, 0].tolist()) <= set(at.tolist())
+        assert set(loss_positions(segments, mask(segments))[0].nonzero()[:, 0].tolist()) <= set(
+            at.tolist()
+        )
         if len(at):
             j = int(rng.choice(at.tolist()))
             changed = tokens.clone()
@@ -186,7 +248,17 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(tmp_path):
     rng = random.Random(3)
     for number in range(12):
         torch.manual_seed(number)
-        model = GPT(GPTConfig(vocab_size=50, block_size=96, n_layer=2, n_head=4, n_embd=32, n_hidden=48, **rng.choice(list(VARIANTS.values()))))
+        model = GPT(
+            GPTConfig(
+                vocab_size=50,
+                block_size=96,
+                n_layer=2,
+                n_head=4,
+                n_embd=32,
+                n_hidden=48,
+                **rng.choice(list(VARIANTS.values())),
+            )
+        )
         tokens, segments = dialogue(rng)
         f = MASKS["ism"](segments)
         names, before = list(model.state_dict()), model(tokens, f)
@@ -195,7 +267,9 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(tmp_path):
         merge_lora(model)
         layers = random_lora(model, rng)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert len(trained) == 2 * 2 * len(layers) and all(name.endswith((".A", ".B")) for name in trained)
+        assert len(trained) == 2 * 2 * len(layers) and all(
+            name.endswith((".A", ".B")) for name in trained
+        )
         tuned = model(tokens, f)
         gradients_of(model, tokens, f)
         assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
@@ -204,40 +278,88 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(tmp_path):
         assert list(model.state_dict()) == names and (model(tokens, f) - tuned).abs().max() < 1e-4
 
 
-FAST = dict(max_iters=6, batch_size=2, block_size=64, device="cpu", dtype="float32", learning_rate=1e-2, warmup_iters=0)
+FAST = dict(
+    max_iters=6,
+    batch_size=2,
+    block_size=64,
+    device="cpu",
+    dtype="float32",
+    learning_rate=1e-2,
+    warmup_iters=0,
+)
 
 
 def test_train_from_a_folder(tmp_path, chats):
     """The weights and the tokenizer are the folder's; what comes out chats, also from another place without the folder."""
     folder = make_folder(tmp_path / "folder")
     start = from_pretrained(folder, 64).state_dict()
-    train(Settings(**{**FAST, "learning_rate": 1e-9}, data=chats, init_from=str(folder), out_dir=str(tmp_path / "out")))
+    train(
+        Settings(
+            **{**FAST, "learning_rate": 1e-9},
+            data=chats,
+            init_from=str(folder),
+            out_dir=str(tmp_path / "out"),
+        )
+    )
     state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     assert all((state["model"][name] - p).abs().max() < 1e-6 for name, p in start.items())
     assert state["tokenizer"] == load_tokenizer(folder).identity
     train(Settings(**FAST, data=chats, init_from=str(folder), out_dir=str(tmp_path / "out")))
     whole = load_checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
     assert any((whole[name] - p).abs().max() > 1e-3 for name, p in start.items())
-    train(Settings(**{**FAST, "max_iters": 8}, data=chats, init_from=str(folder), out_dir=str(tmp_path / "out"), resume=True))
-    said = load_chat(tmp_path / "out" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send("hello 5")
+    train(
+        Settings(
+            **{**FAST, "max_iters": 8},
+            data=chats,
+            init_from=str(folder),
+            out_dir=str(tmp_path / "out"),
+            resume=True,
+        )
+    )
+    said = load_chat(tmp_path / "out" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send(
+        "hello 5"
+    )
     shutil.move(tmp_path / "out", tmp_path / "moved")
     shutil.rmtree(folder)
-    assert load_chat(tmp_path / "moved" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send("hello 5") == said
+    assert (
+        load_chat(tmp_path / "moved" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send(
+            "hello 5"
+        )
+        == said
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": False}, {"checkpointing": True, "grad_accum": 2, "anneal": 3}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora": False},
+        {"checkpointing": True, "grad_accum": 2, "anneal": 3},
+        {"dtype": "bfloat16"},
+    ],
+)
 def test_finetune_writes_a_folder(tmp_path, chats, options):
     """What is saved is what was trained: the loss on the held-out chats is that of the folder, read again; and it chats."""
     folder = make_folder(tmp_path / "folder")
     s = {**FAST, "data": chats, "init_from": str(folder), **options}
     metrics = finetune(Finetune(**s, out_dir=str(tmp_path / "out")))
     dtype = getattr(torch, s["dtype"])
-    before, after = (from_pretrained(path, dtype=dtype).state_dict() for path in (folder, tmp_path / "out"))
-    changed = {name.split(".", 2)[-1] for name in before if not torch.equal(before[name], after[name])}
+    before, after = (
+        from_pretrained(path, dtype=dtype).state_dict() for path in (folder, tmp_path / "out")
+    )
+    changed = {
+        name.split(".", 2)[-1] for name in before if not torch.equal(before[name], after[name])
+    }
     linear = {"attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight"}
     assert changed == linear if options.get("lora", True) else changed > linear
-    again = train(Settings(**{**FAST, "dtype": s["dtype"], "learning_rate": 1e-12, "max_iters": 1}, data=chats,
-                           init_from=str(tmp_path / "out"), out_dir=str(tmp_path / "again")))
+    again = train(
+        Settings(
+            **{**FAST, "dtype": s["dtype"], "learning_rate": 1e-12, "max_iters": 1},
+            data=chats,
+            init_from=str(tmp_path / "out"),
+            out_dir=str(tmp_path / "again"),
+        )
+    )
     assert abs(again["loss"] - metrics["loss"]) < (1e-4 if dtype == torch.float32 else 3e-2)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == s["dtype"]
     assert isinstance(load_chat(tmp_path / "out", "cpu", max_new_tokens=8).send("hello 5"), str)
@@ -248,8 +370,15 @@ def test_a_folder_knows_its_mask(tmp_path, chats, mask):
     """What was fine-tuned under a mask is chatted with under it; without a word it is causal."""
     folder, out = make_folder(tmp_path / "folder"), tmp_path / "out"
     assert load_chat(folder, "cpu").mask is MASKS["causal"]
-    finetune(Finetune(**{**FAST, "max_iters": 1}, mask=mask, data=chats, init_from=str(folder),
-                      out_dir=str(out)))
+    finetune(
+        Finetune(
+            **{**FAST, "max_iters": 1},
+            mask=mask,
+            data=chats,
+            init_from=str(folder),
+            out_dir=str(out),
+        )
+    )
     assert load_chat(out, "cpu").mask is MASKS[mask]
     assert load_chat(out, "cpu", mask="prefix").mask is MASKS["prefix"]
     # What is said of the mask stays, if nothing else is.
@@ -273,21 +402,50 @@ def test_lora_resumes_to_the_bit(tmp_path, chats):
         finetune(Finetune(**s, out_dir=str(tmp_path / "parts"), resume=True))
     finally:
         train_module.rate_at = original
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "parts" / "model.safetensors").read_bytes()
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "parts" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_commands(tmp_path, chats, monkeypatch):
     folder, out = make_folder(tmp_path / "folder"), str(tmp_path / "out")
-    flags = ("--init_from", str(folder), "--data", chats, "--max_iters", "3", "--batch_size", "2", "--block_size", "64", "--device", "cpu", "--out_dir", out)
+    flags = (
+        "--init_from",
+        str(folder),
+        "--data",
+        chats,
+        "--max_iters",
+        "3",
+        "--batch_size",
+        "2",
+        "--block_size",
+        "64",
+        "--device",
+        "cpu",
+        "--out_dir",
+        out,
+    )
     done = run("demos/finetune.py", *flags)
     assert done.returncode == 0 and f"--ckpt {out}" in done.stdout, done.stderr
-    done = run("sample.py", "--ckpt", out, "--device", "cpu", "--prompt", "hello 3", "--max_new_tokens", "5")
+    done = run(
+        "sample.py",
+        "--ckpt",
+        out,
+        "--device",
+        "cpu",
+        "--prompt",
+        "hello 3",
+        "--max_new_tokens",
+        "5",
+    )
     assert done.returncode == 0 and done.stdout.startswith("> hello 3"), done.stderr
-    for module, arguments, words in ((train_module, ("--init_from", "no-such"), "no-such/config.json cannot be read"),
-                                     (train_module, (*flags, "--block_size", "999"), "999 are asked for"),
-                                     (finetune_module, (), "--init_from FOLDER is needed"),
-                                     (finetune_module, (*flags, "--layers", "qkv,head"), "qkv,out,up,down"),
-                                     (sample_module, ("--ckpt", f"{out}/ckpt.pt"), "LoRA")):
+    for module, arguments, words in (
+        (train_module, ("--init_from", "no-such"), "no-such/config.json cannot be read"),
+        (train_module, (*flags, "--block_size", "999"), "999 are asked for"),
+        (finetune_module, (), "--init_from FOLDER is needed"),
+        (finetune_module, (*flags, "--layers", "qkv,head"), "qkv,out,up,down"),
+        (sample_module, ("--ckpt", f"{out}/ckpt.pt"), "LoRA"),
+    ):
         monkeypatch.setattr(sys, "argv", ["x", *arguments])
         with pytest.raises(SystemExit, match=words) as error:
             module.main()
@@ -312,9 +470,20 @@ def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
         for name, p in model.named_parameters():
             p.data = p.data.float() if p.requires_grad else p.data
     there(list(model.parameters()))
-    s = Settings(grad_accum=2, batch_size=2 * rows, block_size=length + 8, max_iters=2, muon=False, checkpointing=checkpointing,
-                 device=device, dtype=str(dtype)[6:])
-    splits = {"train": Rows(config.vocab_size, length, 2 * rows), "test": Rows(config.vocab_size, length, 1)}
+    s = Settings(
+        grad_accum=2,
+        batch_size=2 * rows,
+        block_size=length + 8,
+        max_iters=2,
+        muon=False,
+        checkpointing=checkpointing,
+        device=device,
+        dtype=str(dtype)[6:],
+    )
+    splits = {
+        "train": Rows(config.vocab_size, length, 2 * rows),
+        "test": Rows(config.vocab_size, length, 1),
+    }
     train(s, model, splits, watch=lambda run, loss: None)
     _, segments = splits["train"].collate(splits["train"].rows(MASKS["ism"])[:rows])
     return int(loss_positions(segments, MASKS["ism"](segments)).sum())
@@ -326,10 +495,25 @@ def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
 def test_the_arithmetic_of_memory_on_the_cpu(rank, checkpointing, dtype):
     """Against the bytes of all tensors that are alive at once, of a large and a small vocabulary; rows of more than 256 tokens."""
     for vocab_size, rows, length in ((2000, 2, 400), (300, 1, 700)):
-        config = GPTConfig(vocab_size, length, n_layer=4, n_head=8, n_kv_head=2, n_embd=128, n_hidden=384, qkv_bias=True)
+        config = GPTConfig(
+            vocab_size,
+            length,
+            n_layer=4,
+            n_head=8,
+            n_kv_head=2,
+            n_embd=128,
+            n_hidden=384,
+            qkv_bias=True,
+        )
         with Live() as live:
-            positions = two_steps(config, rows, length, rank, checkpointing, dtype, "cpu", live.count)
-        expected = sum(memory(config, rows, length, positions, rank, checkpointing=checkpointing, dtype=dtype).values())
+            positions = two_steps(
+                config, rows, length, rank, checkpointing, dtype, "cpu", live.count
+            )
+        expected = sum(
+            memory(
+                config, rows, length, positions, rank, checkpointing=checkpointing, dtype=dtype
+            ).values()
+        )
         assert 0.85 < expected / live.peak < 1.15
 
 
@@ -338,11 +522,15 @@ def test_the_arithmetic_of_memory_on_the_cpu(rank, checkpointing, dtype):
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_arithmetic_of_memory_on_cuda(rank, checkpointing):
     """Against what the allocator gave out at most. Fused kernels keep less than is counted, and never much more."""
-    config = GPTConfig(32000, 1024, n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_hidden=2816, qkv_bias=True)
+    config = GPTConfig(
+        32000, 1024, n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_hidden=2816, qkv_bias=True
+    )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    positions = two_steps(config, 4, 1024, rank, checkpointing, torch.bfloat16, "cuda", lambda tensors: None)
+    positions = two_steps(
+        config, 4, 1024, rank, checkpointing, torch.bfloat16, "cuda", lambda tensors: None
+    )
     peak = torch.cuda.max_memory_allocated() - before
     expected = sum(memory(config, 4, 1024, positions, rank, checkpointing=checkpointing).values())
     assert 0.95 < expected / peak < 1.4

@@ -1,4 +1,5 @@
 """Files that are damaged or hostile: each reader gives what it should or one ValueError, whatever the file holds."""
+
 import base64
 import copy
 import functools
@@ -32,20 +33,62 @@ from model import GPT, GPTConfig
 from sample import go_on, load_chat, read_history
 from train import Settings, make_optimizer
 
-HOSTILE = ["", "\x00", "\x1b[2J", "\ud800", "<|end|>", "../x", -1, 0, 1, 2**31, 2**63, 10**30, 1e308, math.inf, math.nan, True, None, [], {}, [[]]]
-VALUES = st.recursive(st.sampled_from(HOSTILE) | st.integers() | st.floats() | st.text(max_size=5),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=4)
-BYTES = st.lists(st.tuples(st.sampled_from(("set", "cut", "insert", "repeat", "drop")), st.floats(0, 1), st.binary(min_size=1, max_size=9)),
-                 min_size=1, max_size=4)
-TREES = st.lists(st.tuples(st.sampled_from(("set", "drop", "copy")), st.integers(0, 10**6), VALUES), min_size=1, max_size=3)
+HOSTILE = [
+    "",
+    "\x00",
+    "\x1b[2J",
+    "\ud800",
+    "<|end|>",
+    "../x",
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    math.inf,
+    math.nan,
+    True,
+    None,
+    [],
+    {},
+    [[]],
+]
+VALUES = st.recursive(
+    st.sampled_from(HOSTILE) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+BYTES = st.lists(
+    st.tuples(
+        st.sampled_from(("set", "cut", "insert", "repeat", "drop")),
+        st.floats(0, 1),
+        st.binary(min_size=1, max_size=9),
+    ),
+    min_size=1,
+    max_size=4,
+)
+TREES = st.lists(
+    st.tuples(st.sampled_from(("set", "drop", "copy")), st.integers(0, 10**6), VALUES),
+    min_size=1,
+    max_size=3,
+)
 
 
 def mutate_bytes(raw, changes):
     for kind, where, new in changes:
         i = int(where * len(raw))
         n = len(new) ** 2  # how much is repeated or dropped
-        raw = {"set": raw[:i] + new + raw[i + len(new) :], "cut": raw[:i], "insert": raw[:i] + new + raw[i:],
-               "repeat": raw[: i + n] + raw[i:], "drop": raw[:i] + raw[i + n :]}[kind]
+        raw = {
+            "set": raw[:i] + new + raw[i + len(new) :],
+            "cut": raw[:i],
+            "insert": raw[:i] + new + raw[i:],
+            "repeat": raw[: i + n] + raw[i:],
+            "drop": raw[:i] + raw[i + n :],
+        }[kind]
     return raw
 
 
@@ -74,18 +117,44 @@ def mutate_tree(tree, changes):
     return tree[0]
 
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 270, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
-          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 270,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}
 MERGES = ["h e", "l l", "he ll"]
-SHAPES = {"model.embed_tokens.weight": [270, 8], "model.norm.weight": [8], "lm_head.weight": [270, 8],
-          **{f"model.layers.0.{name}.weight": shape for name, shape in {
-              "input_layernorm": [8], "post_attention_layernorm": [8], "self_attn.q_proj": [8, 8], "self_attn.k_proj": [4, 8],
-              "self_attn.v_proj": [4, 8], "self_attn.o_proj": [8, 8], "mlp.gate_proj": [12, 8], "mlp.up_proj": [12, 8],
-              "mlp.down_proj": [8, 12]}.items()}}
+SHAPES = {
+    "model.embed_tokens.weight": [270, 8],
+    "model.norm.weight": [8],
+    "lm_head.weight": [270, 8],
+    **{
+        f"model.layers.0.{name}.weight": shape
+        for name, shape in {
+            "input_layernorm": [8],
+            "post_attention_layernorm": [8],
+            "self_attn.q_proj": [8, 8],
+            "self_attn.k_proj": [4, 8],
+            "self_attn.v_proj": [4, 8],
+            "self_attn.o_proj": [8, 8],
+            "mlp.gate_proj": [12, 8],
+            "mlp.up_proj": [12, 8],
+            "mlp.down_proj": [8, 12],
+        }.items()
+    },
+}
 
 
 def vocabulary():
-    return {token: i for i, token in enumerate([*SYMBOLS, *(pair.replace(" ", "") for pair in MERGES)])}
+    return {
+        token: i for i, token in enumerate([*SYMBOLS, *(pair.replace(" ", "") for pair in MERGES)])
+    }
 
 
 def write_safetensors(path, header, numbers):
@@ -98,14 +167,37 @@ def write_folder(folder):
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in SHAPES.items():
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * math.prod(shape)]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [end, end + 4 * math.prod(shape)],
+        }
         end += 4 * math.prod(shape)
-    write_safetensors(folder / "model.safetensors", header, torch.randn(end // 4, generator=torch.Generator().manual_seed(0)).numpy().tobytes())
-    added = [{"id": 260 + i, "content": token, "special": token != "<think>"} for i, token in enumerate(("<|im_start|>", "<|im_end|>", "<think>"))]
-    tokenizer = {"model": {"type": "BPE", "vocab": vocabulary(), "merges": MERGES}, "added_tokens": added, "normalizer": {"type": "NFC"},
-                 "pre_tokenizer": {"pretokenizers": [
-                     {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"}, "behavior": "Isolated", "invert": False},
-                     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}
+    write_safetensors(
+        folder / "model.safetensors",
+        header,
+        torch.randn(end // 4, generator=torch.Generator().manual_seed(0)).numpy().tobytes(),
+    )
+    added = [
+        {"id": 260 + i, "content": token, "special": token != "<think>"}
+        for i, token in enumerate(("<|im_start|>", "<|im_end|>", "<think>"))
+    ]
+    tokenizer = {
+        "model": {"type": "BPE", "vocab": vocabulary(), "merges": MERGES},
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ]
+        },
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return header
 
@@ -115,15 +207,21 @@ def write_vocab(folder):
     listed = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(vocabulary()), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {str(t["id"]): t for t in listed}}), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8"
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {str(t["id"]): t for t in listed}}), encoding="utf-8"
+    )
 
 
 def write_rank_model(folder):
     write_folder(folder)
     (folder / "tokenizer.json").unlink()
     ranks = {bytes([b]): b for b in range(256)} | {b"he": 256}
-    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items()))
+    (folder / "tokenizer.model").write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items())
+    )
 
 
 def one_step(model, optimizer):
@@ -133,13 +231,28 @@ def one_step(model, optimizer):
 
 @functools.cache
 def tiny_state():
-    config = GPTConfig(vocab_size=TOKENIZER.vocab_size, block_size=32, n_layer=1, n_head=2, n_kv_head=1, n_embd=8, n_hidden=8, token_shift=True)
+    config = GPTConfig(
+        vocab_size=TOKENIZER.vocab_size,
+        block_size=32,
+        n_layer=1,
+        n_head=2,
+        n_kv_head=1,
+        n_embd=8,
+        n_hidden=8,
+        token_shift=True,
+    )
     torch.manual_seed(0)
     model = GPT(config)
     optimizer = make_optimizer(model, Settings())
     one_step(model, optimizer)
-    return dict(config=asdict(config), settings=asdict(Settings()), tokenizer=TOKENIZER.identity, model=dict(model.state_dict()),
-                optimizer=optimizer.state_dict(), step=3)
+    return dict(
+        config=asdict(config),
+        settings=asdict(Settings()),
+        tokenizer=TOKENIZER.identity,
+        model=dict(model.state_dict()),
+        optimizer=optimizer.state_dict(),
+        step=3,
+    )
 
 
 def write_checkpoint(folder):
@@ -148,13 +261,26 @@ def write_checkpoint(folder):
 
 def chats():
     for i in range(4):
-        yield {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"héllo {i}"}, {"role": "assistant", "content": "yes"}]}
+        yield {
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": f"héllo {i}"},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
 
 
 def use(tokenizer):
     """What must hold of a tokenizer that could be read at all."""
-    tokens, _ = tokenizer.encode_dialogue([{"role": "user", "content": "héllo 12\x00 <|im_end|><|end|>"}, {"role": "assistant", "content": "x"}])
-    assert tokens.count(tokenizer.end) == 2 + (tokenizer.end in tokenizer.after) and isinstance(tokenizer.decode(tokens), str)
+    tokens, _ = tokenizer.encode_dialogue(
+        [
+            {"role": "user", "content": "héllo 12\x00 <|im_end|><|end|>"},
+            {"role": "assistant", "content": "x"},
+        ]
+    )
+    assert tokens.count(tokenizer.end) == 2 + (tokenizer.end in tokenizer.after) and isinstance(
+        tokenizer.decode(tokens), str
+    )
 
 
 def read_checkpoint(folder):
@@ -165,7 +291,17 @@ def resume(folder):
     path, config = folder / "ckpt.pt", GPTConfig(**tiny_state()["config"])
     model = GPT(config)
     optimizer = make_optimizer(model, Settings())
-    assert 0 <= restore(load_state(path, config, TOKENIZER.identity, Settings()), model, optimizer, Settings.max_iters, path) <= Settings.max_iters
+    assert (
+        0
+        <= restore(
+            load_state(path, config, TOKENIZER.identity, Settings()),
+            model,
+            optimizer,
+            Settings.max_iters,
+            path,
+        )
+        <= Settings.max_iters
+    )
     one_step(model, optimizer)
 
 
@@ -195,15 +331,39 @@ CHAT = [make_chat(block_size=64, max_new_tokens=2)]
 READERS = {
     "checkpoint": (write_checkpoint, "ckpt.pt", read_checkpoint),
     "resume": (write_checkpoint, "ckpt.pt", resume),
-    "chats": (lambda folder: (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats())), encoding="utf-8"), "chats.jsonl", read_jsonl),
-    "history": (lambda folder: (folder / "history.json").write_text(json.dumps(next(chats())), encoding="utf-8"), "history.json", read_saved),
-    "ranks": (lambda folder: shutil.copy(RANKS, folder / "ranks.tiktoken"), "ranks.tiktoken", read_rank_file),
+    "chats": (
+        lambda folder: (folder / "chats.jsonl").write_text(
+            "\n".join(map(json.dumps, chats())), encoding="utf-8"
+        ),
+        "chats.jsonl",
+        read_jsonl,
+    ),
+    "history": (
+        lambda folder: (folder / "history.json").write_text(
+            json.dumps(next(chats())), encoding="utf-8"
+        ),
+        "history.json",
+        read_saved,
+    ),
+    "ranks": (
+        lambda folder: shutil.copy(RANKS, folder / "ranks.tiktoken"),
+        "ranks.tiktoken",
+        read_rank_file,
+    ),
     "safetensors": (write_folder, "model.safetensors", from_pretrained),
-    "config": (write_folder, "config.json", lambda folder: (from_pretrained(folder), load_tokenizer(folder))),
+    "config": (
+        write_folder,
+        "config.json",
+        lambda folder: (from_pretrained(folder), load_tokenizer(folder)),
+    ),
     "tokenizer": (write_folder, "tokenizer.json", lambda folder: use(load_tokenizer(folder))),
     "vocab": (write_vocab, "vocab.json", lambda folder: use(load_tokenizer(folder))),
     "merges": (write_vocab, "merges.txt", lambda folder: use(load_tokenizer(folder))),
-    "added tokens": (write_vocab, "tokenizer_config.json", lambda folder: use(load_tokenizer(folder))),
+    "added tokens": (
+        write_vocab,
+        "tokenizer_config.json",
+        lambda folder: use(load_tokenizer(folder)),
+    ),
     "rank model": (write_rank_model, "tokenizer.model", lambda folder: use(load_tokenizer(folder))),
 }
 
@@ -219,11 +379,22 @@ def damaged(path, sound, changes, how):
         write_safetensors(path, mutate_tree(json.loads(sound[8 : 8 + n]), changes), sound[8 + n :])
     elif path.suffix in (".json", ".jsonl"):
         lines = [json.loads(line) for line in sound.decode().split("\n")]
-        lines = mutate_tree(lines, changes) if path.suffix == ".jsonl" else [mutate_tree(lines[0], changes)]
-        path.write_text("\n".join(map(json.dumps, lines if isinstance(lines, list) else [lines])), encoding="utf-8")
+        lines = (
+            mutate_tree(lines, changes)
+            if path.suffix == ".jsonl"
+            else [mutate_tree(lines[0], changes)]
+        )
+        path.write_text(
+            "\n".join(map(json.dumps, lines if isinstance(lines, list) else [lines])),
+            encoding="utf-8",
+        )
     else:  # lines of text
         lines = mutate_tree(sound.decode().split("\n"), changes)
-        path.write_text("\n".join(map(str, lines if isinstance(lines, list) else [lines])), encoding="utf-8", errors="surrogatepass")
+        path.write_text(
+            "\n".join(map(str, lines if isinstance(lines, list) else [lines])),
+            encoding="utf-8",
+            errors="surrogatepass",
+        )
 
 
 def fuzz(name, folder, n):
@@ -234,8 +405,13 @@ def fuzz(name, folder, n):
     read(folder)
     refused = []
 
-    @settings(max_examples=n, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck), database=None,
-              derandomize=n < 1000)  # the short count is the same each time
+    @settings(
+        max_examples=n,
+        deadline=timedelta(seconds=20),
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        derandomize=n < 1000,
+    )  # the short count is the same each time
     @given(st.tuples(st.just("bytes"), BYTES) | st.tuples(st.just("tree"), TREES))
     def read_one(change):
         how, changes = change
@@ -279,9 +455,16 @@ def test_a_pickle_does_not_run(tmp_path):
     assert made.exists()
     made.unlink()
     sound = {"version": 1, **tiny_state()}
-    for state in (Command(made), {**sound, "step": Command(made)}, {**sound, "model": Command(made)}):
-        for write in (lambda: torch.save(state, path), lambda: torch.save(state, path, _use_new_zipfile_serialization=False),
-                      lambda: path.write_bytes(pickle.dumps(state))):
+    for state in (
+        Command(made),
+        {**sound, "step": Command(made)},
+        {**sound, "model": Command(made)},
+    ):
+        for write in (
+            lambda: torch.save(state, path),
+            lambda: torch.save(state, path, _use_new_zipfile_serialization=False),
+            lambda: path.write_bytes(pickle.dumps(state)),
+        ):
             write()
             with pytest.raises(ValueError, match="not a checkpoint"):
                 load_checkpoint(path)
@@ -292,6 +475,7 @@ def change_config(**options):
     def write(folder):
         write_folder(folder)
         (folder / "config.json").write_text(json.dumps({**CONFIG, **options}), encoding="utf-8")
+
     return write
 
 
@@ -299,7 +483,10 @@ def compressed(folder):
     """A checkpoint of some kB that holds a tensor of 1 GB."""
     path = folder / "ckpt.pt"
     torch.save({"version": 1, **tiny_state(), "step": torch.zeros(1000)}, folder / "plain")
-    with zipfile.ZipFile(folder / "plain") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        zipfile.ZipFile(folder / "plain") as plain,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
         for entry in plain.infolist():
             with archive.open(entry.filename, "w") as file:
                 if entry.file_size != 4000:
@@ -313,14 +500,23 @@ def compressed(folder):
 def claims(**options):
     def write(folder):
         state = tiny_state()
-        torch.save({"version": 1, **state, "config": {**state["config"], **options}}, folder / "ckpt.pt")
+        torch.save(
+            {"version": 1, **state, "config": {**state["config"], **options}}, folder / "ckpt.pt"
+        )
+
     return write
 
 
 def expanded(folder):
     state, n = tiny_state(), 1 << 20
-    model = {name: x[:1].expand(n, -1) if len(x) == TOKENIZER.vocab_size else x for name, x in state["model"].items()}
-    torch.save({"version": 1, **state, "config": {**state["config"], "vocab_size": n}, "model": model}, folder / "ckpt.pt")
+    model = {
+        name: x[:1].expand(n, -1) if len(x) == TOKENIZER.vocab_size else x
+        for name, x in state["model"].items()
+    }
+    torch.save(
+        {"version": 1, **state, "config": {**state["config"], "vocab_size": n}, "model": model},
+        folder / "ckpt.pt",
+    )
 
 
 def beyond(folder):
@@ -332,6 +528,7 @@ def beyond(folder):
 def rank_lines(change):
     def write(folder):
         (folder / "ranks.tiktoken").write_bytes(b"\n".join(change(RANKS.read_bytes().splitlines())))
+
     return write
 
 
@@ -358,11 +555,16 @@ def test_no_file_lets_text_end_a_turn(tmp_path):
         folder.mkdir()
         write(folder)
         content = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(content.replace('"special": true', '"special": false'), encoding="utf-8")
+        (folder / name).write_text(
+            content.replace('"special": true', '"special": false'), encoding="utf-8"
+        )
         tokenizer = load_tokenizer(folder)
         use(tokenizer)
         ids = {tokenizer.end, tokenizer.headers["user"]}
-        assert not ids & {*tokenizer.encode("<|im_start|>user<|im_end|>")} and len(tokenizer.encode("<think>")) == 1
+        assert (
+            not ids & {*tokenizer.encode("<|im_start|>user<|im_end|>")}
+            and len(tokenizer.encode("<think>")) == 1
+        )
 
 
 SAFE, RANK_FILE = lambda folder: from_pretrained(folder), READERS["ranks"][2]
@@ -372,17 +574,40 @@ HOSTILE_FILES = {
     "claimed width": (claims(n_embd=10**6), read_checkpoint, "not a checkpoint"),
     "claimed context": (claims(block_size=10**12), read_checkpoint, "not a checkpoint"),
     "expanded": (expanded, read_checkpoint, "not a checkpoint"),
-    "long header": (lambda folder: (write_folder(folder), (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}")), SAFE, "cut off"),
+    "long header": (
+        lambda folder: (
+            write_folder(folder),
+            (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}"),
+        ),
+        SAFE,
+        "cut off",
+    ),
     "beyond the end": (beyond, SAFE, "cut off"),
     "HF layers": (change_config(num_hidden_layers=10**12), SAFE, "10+ layers, the weights are"),
     "HF context": (change_config(max_position_embeddings=10**12), SAFE, "block_size"),
-    "HF vocabulary": (change_config(vocab_size=10**12), lambda folder: load_tokenizer(folder), "vocab_size"),
+    "HF vocabulary": (
+        change_config(vocab_size=10**12),
+        lambda folder: load_tokenizer(folder),
+        "vocab_size",
+    ),
     "HF empty token": (empty_token, lambda folder: load_tokenizer(folder), "a token is empty"),
     "long line": (long_line, read_jsonl, "line 1 is longer than"),
-    "deep line": (lambda folder: (folder / "chats.jsonl").write_text("[" * 1_000_000), read_jsonl, "line 1 is not JSON"),
+    "deep line": (
+        lambda folder: (folder / "chats.jsonl").write_text("[" * 1_000_000),
+        read_jsonl,
+        "line 1 is not JSON",
+    ),
     "rank twice": (rank_lines(lambda lines: lines + [b"enp6eg== 7"]), RANK_FILE, "twice"),
-    "token twice": (rank_lines(lambda lines: lines + [lines[0].split()[0] + b" 1276"]), RANK_FILE, "twice"),
-    "rank of a trillion": (rank_lines(lambda lines: lines + [b"enp6eg== 1000000000000"]), RANK_FILE, "left out"),
+    "token twice": (
+        rank_lines(lambda lines: lines + [lines[0].split()[0] + b" 1276"]),
+        RANK_FILE,
+        "twice",
+    ),
+    "rank of a trillion": (
+        rank_lines(lambda lines: lines + [b"enp6eg== 1000000000000"]),
+        RANK_FILE,
+        "left out",
+    ),
     "byte without a rank": (rank_lines(lambda lines: lines[1:]), RANK_FILE, "left out"),
 }
 
@@ -398,15 +623,21 @@ def read_hostile(name, folder):
     except ValueError as error:
         print(one_line(error))
     assert sorted(folder.iterdir()) == held
-    print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 << 20 if sys.platform == 'darwin' else 1 << 10):.0f}")
+    print(
+        f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 << 20 if sys.platform == 'darwin' else 1 << 10):.0f}"
+    )
 
 
 def test_hostile_files(tmp_path):
     """In one process, so that memory is counted from what torch alone needs."""
     for name in HOSTILE_FILES:
         (tmp_path / name).mkdir()
-    done = run("-c", "import sys, pathlib; sys.path.insert(0, 'tests'); import test_fuzz\n"
-               "for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()): test_fuzz.read_hostile(folder.name, folder)", str(tmp_path))
+    done = run(
+        "-c",
+        "import sys, pathlib; sys.path.insert(0, 'tests'); import test_fuzz\n"
+        "for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()): test_fuzz.read_hostile(folder.name, folder)",
+        str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for name, message, growth in zip(sorted(HOSTILE_FILES), lines[::2], lines[1::2], strict=True):

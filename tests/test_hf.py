@@ -1,4 +1,5 @@
 """Checkpoints and tokenizers in the Hugging Face format, against transformers and tokenizers themselves."""
+
 import base64
 import functools
 import importlib
@@ -12,7 +13,9 @@ import unicodedata
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is needed only to check data/hf.py")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed; it is needed only to check data/hf.py"
+)
 import tokenizers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
@@ -23,19 +26,68 @@ from data.tokenizer import LONGEST_RUN
 from mask import MASKS, dense
 from model import rope_tables
 
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             max_position_embeddings=128)
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32}
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1000.0}
 FAMILIES = {
-    "llama2": ("Llama", dict(num_key_value_heads=4, tie_word_embeddings=False, rope_parameters=PLAIN_ROPE, rms_norm_eps=1e-5)),
-    "llama3": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=False, rope_parameters={**PLAIN_ROPE, "rope_theta": 5e5})),
-    "llama3.2": ("Llama", dict(num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE, head_dim=12)),
-    "smollm2": ("Llama", dict(num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE)),
-    "qwen2": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE)),
-    "qwen2.5": ("Qwen2", dict(num_key_value_heads=1, tie_word_embeddings=False, rope_parameters=PLAIN_ROPE)),
-    "qwen3": ("Qwen3", dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE, head_dim=16)),
+    "llama2": (
+        "Llama",
+        dict(
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+            rope_parameters=PLAIN_ROPE,
+            rms_norm_eps=1e-5,
+        ),
+    ),
+    "llama3": (
+        "Llama",
+        dict(
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            rope_parameters={**PLAIN_ROPE, "rope_theta": 5e5},
+        ),
+    ),
+    "llama3.2": (
+        "Llama",
+        dict(
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            rope_parameters=LLAMA3_ROPE,
+            head_dim=12,
+        ),
+    ),
+    "smollm2": (
+        "Llama",
+        dict(num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE),
+    ),
+    "qwen2": (
+        "Qwen2",
+        dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE),
+    ),
+    "qwen2.5": (
+        "Qwen2",
+        dict(num_key_value_heads=1, tie_word_embeddings=False, rope_parameters=PLAIN_ROPE),
+    ),
+    "qwen3": (
+        "Qwen3",
+        dict(
+            num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE, head_dim=16
+        ),
+    ),
 }
 
 
@@ -43,24 +95,39 @@ def make(family, folder, dtype=torch.float32, **save):
     """A random model of transformers, saved to the folder; no norm is 1 and no bias 0, so that a lost one shows."""
     torch.manual_seed(0)
     kind, options = FAMILIES[family]
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SIZES, **options))
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.3)
     model.to(dtype).save_pretrained(folder, **save)
-    return type(model).from_pretrained(folder, dtype=torch.float32).eval()  # read again: bfloat16 rounds the rotation too
+    return (
+        type(model).from_pretrained(folder, dtype=torch.float32).eval()
+    )  # read again: bfloat16 rounds the rotation too
 
 
 @torch.no_grad()
 def check_equal(theirs, ours, tolerance=1e-4):
     """Causal on plain tokens, and each mask on a dialogue with padding, given to transformers as additive numbers."""
-    tokens = torch.randint(0, SIZES["vocab_size"], (2, 100), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, SIZES["vocab_size"], (2, 100), generator=torch.Generator().manual_seed(1)
+    )
     assert (theirs(tokens).logits - ours(tokens)).abs().max() < tolerance
-    segments = torch.tensor([[1] * 20 + [2] * 13 + [3] * 30 + [4] * 37, [1] * 5 + [2] * 50 + [3] * 9 + [4] * 20 + [0] * 16])
+    segments = torch.tensor(
+        [
+            [1] * 20 + [2] * 13 + [3] * 30 + [4] * 37,
+            [1] * 5 + [2] * 50 + [3] * 9 + [4] * 20 + [0] * 16,
+        ]
+    )
     for mask in MASKS.values():
         f = mask(segments)
-        additive = torch.zeros(2, 1, 100, 100).masked_fill(~dense(f)[:, None], torch.finfo(torch.float32).min)  # (B, 1, T, T)
-        expected = theirs(tokens, attention_mask=additive, position_ids=torch.arange(100)[None].expand(2, -1)).logits
+        additive = torch.zeros(2, 1, 100, 100).masked_fill(
+            ~dense(f)[:, None], torch.finfo(torch.float32).min
+        )  # (B, 1, T, T)
+        expected = theirs(
+            tokens, attention_mask=additive, position_ids=torch.arange(100)[None].expand(2, -1)
+        ).logits
         assert (expected - ours(tokens, f)).abs().max() < tolerance
 
 
@@ -77,7 +144,10 @@ def test_logits_equal_transformers(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_shards_and_bfloat16(family, tmp_path):
     theirs = make(family, tmp_path, torch.bfloat16, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
+    assert (
+        len(list(tmp_path.glob("model-*.safetensors"))) > 2
+        and not (tmp_path / "model.safetensors").exists()
+    )
     check_equal(theirs, from_pretrained(tmp_path))
     assert from_pretrained(tmp_path, dtype=torch.bfloat16).embed.weight.dtype == torch.bfloat16
 
@@ -92,7 +162,9 @@ def test_config_files_of_older_versions(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path) == new and new.rope_scaling == (8.0, 1.0, 4.0, 32.0)
     path = tmp_path / "model.safetensors"
-    save_file({**load_file(path), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path)
+    save_file(
+        {**load_file(path), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path
+    )
     raw = path.read_bytes()
     n = struct.unpack("<Q", raw[:8])[0]
     path.write_bytes(struct.pack("<Q", n + 1) + raw[8 : 8 + n] + b" " + raw[8 + n :])
@@ -101,6 +173,7 @@ def test_config_files_of_older_versions(tmp_path):
 
 def random_rope(rng):
     """The keys of a config.json that tell the rotation: older ones, newer ones, both at once."""
+
     def some(**options):
         return {key: rng.choice(values) for key, values in options.items() if rng.random() < 0.5}
 
@@ -115,8 +188,11 @@ def random_rope(rng):
             keys |= some(original_max_position_embeddings=(32, 64))
         return keys
 
-    keys = some(rope_theta=(500.0, 1000.0), original_max_position_embeddings=(32, 64),
-                partial_rotary_factor=(1.0,))
+    keys = some(
+        rope_theta=(500.0, 1000.0),
+        original_max_position_embeddings=(32, 64),
+        partial_rotary_factor=(1.0,),
+    )
     for name in ("rope_parameters", "rope_scaling"):
         if rng.random() < 0.6:
             keys[name] = rope()
@@ -160,9 +236,10 @@ def test_all_mixtures_of_keys_rotate_as_in_transformers(kind, tmp_path):
 def test_a_contradiction_within_the_rotation(tmp_path):
     make("llama3", tmp_path)
     for rope, words in (
-            ({"rope_type": "llama3", "type": "default"}, "rope_type stands there twice, as llama3"),
-            ({"full_attention": {"rope_theta": 5.0}}, "for each type of layer are not supported"),
-            ({"rope_theta": 5.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5")):
+        ({"rope_type": "llama3", "type": "default"}, "rope_type stands there twice, as llama3"),
+        ({"full_attention": {"rope_theta": 5.0}}, "for each type of layer are not supported"),
+        ({"rope_theta": 5.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ):
         config(rope_parameters=rope)(tmp_path)
         with pytest.raises(ValueError, match=words):
             read_config(tmp_path)
@@ -207,14 +284,18 @@ def config(**options):
     def damage(folder):
         old = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**old, **options}))
+
     return damage
 
 
 def tensors(change):
     def damage(folder):
-        held = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+        held = {
+            name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()
+        }
         change(held)
         save_file(held, folder / "model.safetensors")
+
     return damage
 
 
@@ -226,6 +307,7 @@ def header(change):
         change(held)
         new = json.dumps(held).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + n :])
+
     return damage
 
 
@@ -234,18 +316,33 @@ def index(change):
         held = json.loads((folder / "model.safetensors.index.json").read_text())
         change(held["weight_map"])
         (folder / "model.safetensors.index.json").write_text(json.dumps(held))
+
     return damage
 
 
 def cut(n):
-    return lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:n])
+    return lambda folder: (folder / "model.safetensors").write_bytes(
+        (folder / "model.safetensors").read_bytes()[:n]
+    )
 
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 ERRORS = {  # what is wrong: (checkpoint, damage, the message)
-    "no config": ("one", lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
-    "no JSON": ("one", lambda folder: (folder / "config.json").write_text("{"), "config.json holds no JSON"),
-    "architecture": ("one", config(architectures=["MistralForCausalLM"]), "MistralForCausalLM is not known"),
+    "no config": (
+        "one",
+        lambda folder: (folder / "config.json").unlink(),
+        "config.json cannot be read",
+    ),
+    "no JSON": (
+        "one",
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json holds no JSON",
+    ),
+    "architecture": (
+        "one",
+        config(architectures=["MistralForCausalLM"]),
+        "MistralForCausalLM is not known",
+    ),
     "activation": ("one", config(hidden_act="gelu"), "hidden_act = gelu"),
     "attention bias": ("one", config(attention_bias=True), "attention_bias = True"),
     "mlp bias": ("one", config(mlp_bias=True), "mlp_bias = True"),
@@ -253,34 +350,110 @@ ERRORS = {  # what is wrong: (checkpoint, damage, the message)
     "layer types": ("one", config(layer_types=["sliding_attention"] * 2), "layer_types"),
     "quantized": ("one", config(quantization_config={"bits": 4}), "quantization_config"),
     "rope": ("one", config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type yarn"),
-    "old rope": ("one", config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "type linear"),
-    "part of rope": ("one", config(rope_parameters={"rope_type": "llama3", "factor": 2.0}), "low_freq_factor must be"),
-    "part rotated": ("one", config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+    "old rope": (
+        "one",
+        config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
+        "type linear",
+    ),
+    "part of rope": (
+        "one",
+        config(rope_parameters={"rope_type": "llama3", "factor": 2.0}),
+        "low_freq_factor must be",
+    ),
+    "part rotated": (
+        "one",
+        config(rope_parameters={"partial_rotary_factor": 0.5}),
+        "partial_rotary_factor",
+    ),
     "no rope": ("one", config(rope_parameters=5), "rope_parameters must be an object"),
     "no list": ("one", config(architectures=5), "architecture 5 is not known"),
     "no size": ("one", config(hidden_size=None), "hidden_size must be a positive number, not None"),
     "no number": ("one", config(num_hidden_layers="two"), "num_hidden_layers must be"),
     "heads": ("one", config(num_key_value_heads=3), "n_kv_head"),
-    "no weights": ("one", lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "no weights": (
+        "one",
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "neither model.safetensors nor",
+    ),
     "missing tensor": ("one", tensors(lambda t: t.pop(UP)), f"{UP} is missing"),
-    "extra tensor": ("one", tensors(lambda t: t.update({"model.norm.bias": torch.ones(32)})), "model.norm.bias is a tensor that"),
-    "extra layer": ("one", config(num_hidden_layers=1), "model.layers.1.input_layernorm.weight is a tensor that"),
-    "wrong shape": ("one", tensors(lambda t: t.update({UP: torch.ones(40, 31)})), rf"{UP} has the shape \(40, 31\).*\(40, 32\)"),
-    "wrong size": ("one", config(intermediate_size=48), r"mlp.gate_proj.weight has the shape \(40, 32\)"),
-    "dtype": ("one", tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})), f"{NORM} is of dtype I8"),
-    "other head": ("tied", tensors(lambda t: t.update({"lm_head.weight": torch.ones(96, 32)})), "lm_head.weight differs"),
+    "extra tensor": (
+        "one",
+        tensors(lambda t: t.update({"model.norm.bias": torch.ones(32)})),
+        "model.norm.bias is a tensor that",
+    ),
+    "extra layer": (
+        "one",
+        config(num_hidden_layers=1),
+        "model.layers.1.input_layernorm.weight is a tensor that",
+    ),
+    "wrong shape": (
+        "one",
+        tensors(lambda t: t.update({UP: torch.ones(40, 31)})),
+        rf"{UP} has the shape \(40, 31\).*\(40, 32\)",
+    ),
+    "wrong size": (
+        "one",
+        config(intermediate_size=48),
+        r"mlp.gate_proj.weight has the shape \(40, 32\)",
+    ),
+    "dtype": (
+        "one",
+        tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})),
+        f"{NORM} is of dtype I8",
+    ),
+    "other head": (
+        "tied",
+        tensors(lambda t: t.update({"lm_head.weight": torch.ones(96, 32)})),
+        "lm_head.weight differs",
+    ),
     "cut": ("one", cut(-4), "is cut off: .* ends at byte"),
     "cut header": ("one", cut(100), "cut off within its header"),
     "empty": ("one", cut(4), "model.safetensors is cut off"),
-    "header": ("one", lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"junk"), "header is not JSON"),
-    "entry": ("one", header(lambda h: h.update({NORM: {"dtype": "F32"}})), f"entry for {NORM} is damaged"),
-    "negative": ("one", header(lambda h: h[NORM].update(data_offsets=[-128, 0])), f"entry for {NORM} is damaged"),
-    "offsets": ("one", header(lambda h: h[NORM].update(data_offsets=[0, 64])), f"{NORM} has 64 bytes"),
-    "beyond": ("one", header(lambda h: h[NORM].update(data_offsets=[2**40, 2**40 + 128])), f"cut off: {NORM} ends"),
-    "no shard": ("shards", lambda folder: sorted(folder.glob("model-*"))[1].unlink(), "00002-of-.* is missing"),
-    "not in shard": ("shards", index(lambda m: m.update({"model.x": m[NORM]})), "model.x is missing, the index has it here"),
-    "not in index": ("shards", index(lambda m: m.pop(NORM)), f"{NORM} is here, but the index has it in no file"),
-    "shard outside": ("shards", index(lambda m: m.update({NORM: "../model.safetensors"})), "weight_map must map"),
+    "header": (
+        "one",
+        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"junk"),
+        "header is not JSON",
+    ),
+    "entry": (
+        "one",
+        header(lambda h: h.update({NORM: {"dtype": "F32"}})),
+        f"entry for {NORM} is damaged",
+    ),
+    "negative": (
+        "one",
+        header(lambda h: h[NORM].update(data_offsets=[-128, 0])),
+        f"entry for {NORM} is damaged",
+    ),
+    "offsets": (
+        "one",
+        header(lambda h: h[NORM].update(data_offsets=[0, 64])),
+        f"{NORM} has 64 bytes",
+    ),
+    "beyond": (
+        "one",
+        header(lambda h: h[NORM].update(data_offsets=[2**40, 2**40 + 128])),
+        f"cut off: {NORM} ends",
+    ),
+    "no shard": (
+        "shards",
+        lambda folder: sorted(folder.glob("model-*"))[1].unlink(),
+        "00002-of-.* is missing",
+    ),
+    "not in shard": (
+        "shards",
+        index(lambda m: m.update({"model.x": m[NORM]})),
+        "model.x is missing, the index has it here",
+    ),
+    "not in index": (
+        "shards",
+        index(lambda m: m.pop(NORM)),
+        f"{NORM} is here, but the index has it in no file",
+    ),
+    "shard outside": (
+        "shards",
+        index(lambda m: m.update({NORM: "../model.safetensors"})),
+        "weight_map must map",
+    ),
 }
 
 
@@ -299,21 +472,91 @@ def test_each_error_is_one_line(what, sound, tmp_path):
 CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-          "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
-PIECES = ["def f(x):\n    return x ** 2", "for (int i = 0; i < n; ++i) {\n\t\ta[i] += 1;\n}\n", "https://example.org/a?b=c&d=1",
-          "Hello", " world", "it's", " WE'LL", "I'M", "don't", "'", "''s", " 1", "2024", "  3.14", "x1y22z333", "1's", " \u0664\u0665\u0666", "\u2167",
-          "\u00b2\u00bd", "\u0967\u0968", "\u4f60\u597d\uff0c\u4e16\u754c", "\u3053\u3093\u306b\u3061\u306f", "\uc548\ub155", "\u1112\u1161\u11ab", "\u0645\u0631\u062d\u0628\u0627", "\u05e9\u05dc\u05d5\u05dd",
-          "\u0928\u092e\u0938\u094d\u0924\u0947", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u041f\u0440\u0438\u0432\u0435\u0442", "\u0393\u03b5\u03b9\u03ac", "na\u00efve", "nai\u0308ve", "e\u0301", "\u212b", "\u1e9b\u0323", "\u017f", "'\u017f",
-          "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\u2764\ufe0f", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b", "\u2028", "...", "!?", "--", "()",
-          "\u2014", "_", "__init__", "{}", "\x00", "\x7f", "a" * 40, "=" * 30, "ab" * 20]
+LLAMA3 = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|reserved_special_token_4|>",
+    "<|eot_id|>",
+]
+PIECES = [
+    "def f(x):\n    return x ** 2",
+    "for (int i = 0; i < n; ++i) {\n\t\ta[i] += 1;\n}\n",
+    "https://example.org/a?b=c&d=1",
+    "Hello",
+    " world",
+    "it's",
+    " WE'LL",
+    "I'M",
+    "don't",
+    "'",
+    "''s",
+    " 1",
+    "2024",
+    "  3.14",
+    "x1y22z333",
+    "1's",
+    " \u0664\u0665\u0666",
+    "\u2167",
+    "\u00b2\u00bd",
+    "\u0967\u0968",
+    "\u4f60\u597d\uff0c\u4e16\u754c",
+    "\u3053\u3093\u306b\u3061\u306f",
+    "\uc548\ub155",
+    "\u1112\u1161\u11ab",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\u0928\u092e\u0938\u094d\u0924\u0947",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\u041f\u0440\u0438\u0432\u0435\u0442",
+    "\u0393\u03b5\u03b9\u03ac",
+    "na\u00efve",
+    "nai\u0308ve",
+    "e\u0301",
+    "\u212b",
+    "\u1e9b\u0323",
+    "\u017f",
+    "'\u017f",
+    "\U0001f600",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f1e9\U0001f1ea",
+    "\u2764\ufe0f",
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\u00a0",
+    "\u3000",
+    "\u200b",
+    "\u2028",
+    "...",
+    "!?",
+    "--",
+    "()",
+    "\u2014",
+    "_",
+    "__init__",
+    "{}",
+    "\x00",
+    "\x7f",
+    "a" * 40,
+    "=" * 30,
+    "ab" * 20,
+]
 
 
 def strings(n):
     """Random strings of code, words, scripts, emoji, white space, and of any assigned characters."""
     rng = random.Random(0)
     code = (ROOT / "model.py").read_text(encoding="utf-8")
-    assigned = [chr(i) for i in range(0x30000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    assigned = [
+        chr(i) for i in range(0x30000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")
+    ]
     for _ in range(n // 3):
         yield "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
         yield "".join(rng.choices(assigned, k=rng.randint(1, 8)) + rng.choices(PIECES, k=3))
@@ -325,7 +568,9 @@ def strings(n):
 def trained(family):
     """A small BPE of tokenizers in the family's configuration, trained on code and on the pieces."""
     level = lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
-    split = lambda number: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CASED + number + REST), "isolated"), level(False)])
+    split = lambda number: pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(CASED + number + REST), "isolated"), level(False)]
+    )
     bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
     first, alphabet = [], pre_tokenizers.ByteLevel.alphabet()
     if family == "qwen":
@@ -333,12 +578,23 @@ def trained(family):
     elif family == "llama3":
         bpe.pre_tokenizer = split(r"\p{N}{1,3}")
     else:  # the special tokens of SmolLM2 come first, and bytes that no text of common characters has are no tokens
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level(True)])
-        first, alphabet = CHATML, [c for c, byte in SYMBOLS.items() if byte not in (0xC0, 0xC1, *range(0xF1, 0x100))]
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), level(True)]
+        )
+        first, alphabet = (
+            CHATML,
+            [c for c, byte in SYMBOLS.items() if byte not in (0xC0, 0xC1, *range(0xF1, 0x100))],
+        )
     bpe.decoder = decoders.ByteLevel()
-    text = [(ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "train.py", "README.md")]
-    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=first, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(text + PIECES * 3 + ["".join(random.Random(1).choices(PIECES, k=400))], trainer)
+    text = [
+        (ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "train.py", "README.md")
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=first, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(
+        text + PIECES * 3 + ["".join(random.Random(1).choices(PIECES, k=400))], trainer
+    )
     bpe.add_special_tokens(LLAMA3 if family == "llama3" else CHATML)
     bpe.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
     return bpe
@@ -349,7 +605,9 @@ def train_bpe(family, folder):
     bpe = trained(family)
     bpe.save(str(folder / "tokenizer.json"))
     kind = "Qwen2" if family == "qwen" else "Llama"
-    (folder / "config.json").write_text(json.dumps({**SIZES, "architectures": [f"{kind}ForCausalLM"], "vocab_size": 1600}))
+    (folder / "config.json").write_text(
+        json.dumps({**SIZES, "architectures": [f"{kind}ForCausalLM"], "vocab_size": 1600})
+    )
     return bpe
 
 
@@ -365,7 +623,9 @@ def test_ids_equal_tokenizers(family, tmp_path):
     bpe = train_bpe(family, tmp_path)
     ours = load_tokenizer(tmp_path)
     check_ids(bpe, ours)
-    assert ours.vocab_size == 1600 and set(range(bpe.get_vocab_size(), 1600)) <= set(ours.unsayable)  # rows without a token
+    assert ours.vocab_size == 1600 and set(range(bpe.get_vocab_size(), 1600)) <= set(
+        ours.unsayable
+    )  # rows without a token
     assert bpe.token_to_id("<think>") not in ours.unsayable and ours.end not in ours.unsayable
     assert ours.openings["user"][0] in ours.unsayable
     assert ours.end not in ours.encode("<|im_end|><|eot_id|>")  # a text cannot end its own turn
@@ -420,7 +680,10 @@ def test_vocab_and_merges(family, tmp_path):
     bpe = train_bpe(family, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     bpe.model.save(str(tmp_path))
-    added = {i: {"content": t.content, "special": t.special} for i, t in bpe.get_added_tokens_decoder().items()}
+    added = {
+        i: {"content": t.content, "special": t.special}
+        for i, t in bpe.get_added_tokens_decoder().items()
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     check_ids(bpe, load_tokenizer(tmp_path), 600)
 
@@ -431,31 +694,46 @@ def test_rank_file(tmp_path):
     by_json = load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     ranks = by_json.encoding._mergeable_ranks
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + f" {r}\n".encode() for t, r in ranks.items()))
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"".join(base64.b64encode(t) + f" {r}\n".encode() for t, r in ranks.items())
+    )
     ours = load_tokenizer(tmp_path)
     for text in strings(600):
         assert ours.encode(text) == bpe.encode(text, add_special_tokens=False).ids
     assert (ours.begin, ours.openings, ours.end) == (by_json.begin, by_json.openings, by_json.end)
 
 
-CHAT = [("system", "Be kind."), ("user", "Hi, I'm Ann."), ("assistant", "Hello Ann."), ("user", "Who am I?"), ("assistant", "Ann.")]
+CHAT = [
+    ("system", "Be kind."),
+    ("user", "Hi, I'm Ann."),
+    ("assistant", "Hello Ann."),
+    ("user", "Who am I?"),
+    ("assistant", "Ann."),
+]
 
 
-@pytest.mark.parametrize("family, begin, message", [
-    ("qwen", "", "<|im_start|>{}\n{}<|im_end|>\n"),
-    ("smollm2", "", "<|im_start|>{}\n{}<|im_end|>\n"),
-    ("llama3", "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"),
-])
+@pytest.mark.parametrize(
+    "family, begin, message",
+    [
+        ("qwen", "", "<|im_start|>{}\n{}<|im_end|>\n"),
+        ("smollm2", "", "<|im_start|>{}\n{}<|im_end|>\n"),
+        ("llama3", "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"),
+    ],
+)
 def test_chat_formats(family, begin, message, tmp_path):
     """A dialogue is the family's template encoded as one text; what the model writes, to the end of the turn, is an answer."""
     bpe = train_bpe(family, tmp_path)
     ours = load_tokenizer(tmp_path)
-    tokens, segments = ours.encode_dialogue([{"role": role, "content": text} for role, text in CHAT])
+    tokens, segments = ours.encode_dialogue(
+        [{"role": role, "content": text} for role, text in CHAT]
+    )
     text = begin + "".join(message.format(role, text) for role, text in CHAT)
     assert tokens + ours.after == bpe.encode(text, add_special_tokens=False).ids
     assert sorted(segments) == segments and set(segments) == {1, 2, 3, 4}
     for segment, answer in ((2, "Hello Ann."), (4, "Ann.")):
-        assert ours.decode([t for t, s in zip(tokens, segments) if s == segment]) == answer + ours.decode([ours.end])
+        assert ours.decode(
+            [t for t, s in zip(tokens, segments) if s == segment]
+        ) == answer + ours.decode([ours.end])
 
 
 def edit(change):
@@ -463,6 +741,7 @@ def edit(change):
         held = json.loads((folder / "tokenizer.json").read_text())
         change(held)
         (folder / "tokenizer.json").write_text(json.dumps(held))
+
     return damage
 
 
@@ -470,6 +749,7 @@ def only(name, content):
     def damage(folder):
         (folder / "tokenizer.json").unlink()
         (folder / name).write_bytes(content)
+
     return damage
 
 
@@ -479,12 +759,17 @@ def template(content):
     return lambda folder: (folder / "tokenizer_config.json").write_text(text)
 
 
-NO_FORMAT = (r"lacks a special token of each known chat format: "
-             r"chatml has <\|im_start\|>, <\|im_end\|>; llama3 has")
+NO_FORMAT = (
+    r"lacks a special token of each known chat format: "
+    r"chatml has <\|im_start\|>, <\|im_end\|>; llama3 has"
+)
 OTHER = "chat template does not write .* chatml"
 LOWER = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+
+
 def spell(token):
     """Merges that make a token out of the letters of a text."""
+
     def change(held):
         vocab, made = held["model"]["vocab"], token[0]
         for letter in token[1:]:
@@ -494,29 +779,59 @@ def spell(token):
         for entry in held["added_tokens"]:
             if entry["content"] == token:
                 entry["id"] = vocab[token]
+
     return change
 
 
 TOKENIZER_ERRORS = {
     "none": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
-    "SentencePiece": (only("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c\n\x03<s>"), "SentencePiece tokenizers are not"),
-    "SentencePiece in JSON": (edit(lambda t: t["model"].update(byte_fallback=True)), "SentencePiece tokenizers are not"),
-    "unigram": (edit(lambda t: t["model"].update(type="Unigram")), "SentencePiece tokenizers are not"),
-    "normalizer": (edit(lambda t: t.update(normalizer={"type": "NFKC"})),
-                   "the normalizer NFKC is not supported, only NFC"),
+    "SentencePiece": (
+        only("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c\n\x03<s>"),
+        "SentencePiece tokenizers are not",
+    ),
+    "SentencePiece in JSON": (
+        edit(lambda t: t["model"].update(byte_fallback=True)),
+        "SentencePiece tokenizers are not",
+    ),
+    "unigram": (
+        edit(lambda t: t["model"].update(type="Unigram")),
+        "SentencePiece tokenizers are not",
+    ),
+    "normalizer": (
+        edit(lambda t: t.update(normalizer={"type": "NFKC"})),
+        "the normalizer NFKC is not supported, only NFC",
+    ),
     "normalizers": (edit(lambda t: t.update(normalizer=LOWER)), "normalizer NFC, Lowercase is not"),
-    "split": (edit(lambda t: t.update(pre_tokenizer={"type": "Whitespace"})), "is not a byte-level BPE"),
+    "split": (
+        edit(lambda t: t.update(pre_tokenizer={"type": "Whitespace"})),
+        "is not a byte-level BPE",
+    ),
     "no split": (edit(lambda t: t.update(pre_tokenizer=None)), "is not a byte-level BPE"),
-    "prefix space": (edit(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "is not a byte-level BPE"),
-    "order": (edit(lambda t: t["model"]["merges"].reverse()), "do not follow the order of the merges"),
-    "other split": (edit(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")), "split in a way that is not"),
+    "prefix space": (
+        edit(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
+        "is not a byte-level BPE",
+    ),
+    "order": (
+        edit(lambda t: t["model"]["merges"].reverse()),
+        "do not follow the order of the merges",
+    ),
+    "other split": (
+        edit(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
+        "split in a way that is not",
+    ),
     "added": (edit(lambda t: t["added_tokens"][0].pop("id")), "of its added tokens is damaged"),
-    "lstrip": (edit(lambda t: t["added_tokens"][0].update(lstrip=True)),
-               r"the added token '<\|endoftext\|>' has lstrip"),
-    "rstrip": (edit(lambda t: t["added_tokens"][-1].update(rstrip=True)),
-               "the added token '<think>' has rstrip"),
-    "single word": (edit(lambda t: t["added_tokens"][-1].update(single_word=True)),
-                    "the added token '<think>' has single_word"),
+    "lstrip": (
+        edit(lambda t: t["added_tokens"][0].update(lstrip=True)),
+        r"the added token '<\|endoftext\|>' has lstrip",
+    ),
+    "rstrip": (
+        edit(lambda t: t["added_tokens"][-1].update(rstrip=True)),
+        "the added token '<think>' has rstrip",
+    ),
+    "single word": (
+        edit(lambda t: t["added_tokens"][-1].update(single_word=True)),
+        "the added token '<think>' has single_word",
+    ),
     "no chat": (edit(lambda t: t.update(added_tokens=[])), NO_FORMAT),
     "no header": (edit(lambda t: t["added_tokens"].pop(1)), NO_FORMAT),
     "spelled": (edit(spell("<|im_end|>")), NO_FORMAT),

@@ -1,4 +1,5 @@
 """Each mask against a naive double loop, and the properties that f must have."""
+
 import time
 
 import pytest
@@ -23,7 +24,9 @@ def layouts(draw, rows=st.integers(1, 3)):
             row += [number] * n
         dialogues.append(row)
     T = max(map(len, dialogues)) + draw(st.integers(0, 3))
-    return torch.tensor([row + [0] * (T - len(row)) for row in dialogues], dtype=torch.long).view(len(dialogues), T)
+    return torch.tensor([row + [0] * (T - len(row)) for row in dialogues], dtype=torch.long).view(
+        len(dialogues), T
+    )
 
 
 def naive(name, row):
@@ -55,7 +58,11 @@ def test_dense_and_loss_positions_equal_naive_loops(segments):
     for mask in MASKS.values():
         f = mask(segments)
         B, T = segments.shape
-        allowed, seen, after = dense(f), loss_positions(segments, f), loss_positions(segments, f, answers_only=False)
+        allowed, seen, after = (
+            dense(f),
+            loss_positions(segments, f),
+            loss_positions(segments, f, answers_only=False),
+        )
         for b in range(B):
             for j in range(T):
                 assert allowed[b, j].tolist() == [i < f[b, j] for i in range(T)]
@@ -82,7 +89,9 @@ def test_every_path_of_information_respects_the_loss_positions(segments, data):
     """No leak, by reachability: after many layers nothing that is trained to predict token j + 1 has seen it."""
     T = segments.shape[1]
     ahead = data.draw(st.lists(st.integers(0, 3), min_size=T, max_size=T))
-    own = (causal(segments) + torch.tensor(ahead, dtype=torch.long)).clamp(max=max(T, 1))  # a mask of nobody's making
+    own = (causal(segments) + torch.tensor(ahead, dtype=torch.long)).clamp(
+        max=max(T, 1)
+    )  # a mask of nobody's making
     for f in [mask(segments) for mask in MASKS.values()] + [own]:
         reach = dense(f) | torch.eye(T, dtype=torch.bool)
         for _ in range(T):
@@ -105,7 +114,9 @@ def test_cacheable(name, holds):
     mask, generator = MASKS[name], torch.Generator().manual_seed(0)
     equal = True
     for _ in range(200):
-        sizes = torch.randint(1, 6, (torch.randint(2, 8, (), generator=generator),), generator=generator)
+        sizes = torch.randint(
+            1, 6, (torch.randint(2, 8, (), generator=generator),), generator=generator
+        )
         row = torch.repeat_interleave(torch.arange(1, len(sizes) + 1), sizes)[None]
         f = mask(row)
         for cut in range(1, row.shape[1]):
@@ -165,5 +176,7 @@ def test_mask_py_runs():
     import subprocess
     import sys
 
-    out = subprocess.run([sys.executable, "mask.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "mask.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "causal" in out and "#+" in out

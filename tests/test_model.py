@@ -1,4 +1,5 @@
 """The model: equal to a naive reference, no leak, and a cache that changes nothing."""
+
 import copy
 import functools
 import itertools
@@ -43,7 +44,17 @@ VARIANTS = {
 
 def make(variant="gpt", block_size=96, seed=0, n_layer=3):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=50, block_size=block_size, n_layer=n_layer, n_head=4, n_embd=32, n_hidden=48, **VARIANTS[variant]))
+    model = GPT(
+        GPTConfig(
+            vocab_size=50,
+            block_size=block_size,
+            n_layer=n_layer,
+            n_head=4,
+            n_embd=32,
+            n_hidden=48,
+            **VARIANTS[variant],
+        )
+    )
     for p in model.parameters():  # larger than the initial ones, so that a wrong mask shows
         torch.nn.init.normal_(p, std=0.3)
     return model.eval()
@@ -66,17 +77,32 @@ def reference(model, tokens, f):
     norm = lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w
     D, T = c.head_size, tokens.shape[1]
     angle = torch.arange(T).double()[:, None] / c.rope_theta ** (torch.arange(0, D, 2).double() / D)
-    rotate = lambda h: torch.cat([h[..., : D // 2] * angle.cos() - h[..., D // 2 :] * angle.sin(),
-                                  h[..., D // 2 :] * angle.cos() + h[..., : D // 2] * angle.sin()], -1)
+    rotate = lambda h: torch.cat(
+        [
+            h[..., : D // 2] * angle.cos() - h[..., D // 2 :] * angle.sin(),
+            h[..., D // 2 :] * angle.cos() + h[..., : D // 2] * angle.sin(),
+        ],
+        -1,
+    )
     for i in range(c.n_layer):
         W = lambda name: P[f"blocks.{i}.{name}"]
         h = norm(x, W("norm1.weight"))
         if c.token_shift:
             shares = W("attention.shift.shares")
-            h = torch.stack([h[:, j] + sum(shares[i - 1] * h[:, j - i] for i in (1, 2, 3) if j >= i) for j in range(T)], 1)
+            h = torch.stack(
+                [
+                    h[:, j] + sum(shares[i - 1] * h[:, j - i] for i in (1, 2, 3) if j >= i)
+                    for j in range(T)
+                ],
+                1,
+            )
         h = h @ W("attention.qkv.weight").T + (W("attention.qkv.bias") if c.qkv_bias else 0)
         heads = h.split(D, -1)
-        q, k, v = heads[: c.n_head], heads[c.n_head : c.n_head + c.n_kv_head], heads[c.n_head + c.n_kv_head :]
+        q, k, v = (
+            heads[: c.n_head],
+            heads[c.n_head : c.n_head + c.n_kv_head],
+            heads[c.n_head + c.n_kv_head :],
+        )
         out = []
         for j in range(c.n_head):
             g = j // (c.n_head // c.n_kv_head)
@@ -109,7 +135,9 @@ def feed_as_chat_does(model, tokens, segments, mask, feed_end_with_query=False, 
         if row[position] % 2 == 1:  # a query goes in at once, an answer token by token
             while end < T and row[end] == row[position]:
                 end += 1
-        elif feed_end_with_query and end < T and row[end] % 2 == 1:  # the mistake: the last token of the answer too
+        elif (
+            feed_end_with_query and end < T and row[end] % 2 == 1
+        ):  # the mistake: the last token of the answer too
             while end < T and row[end] == row[position + 1]:
                 end += 1
         f = mask(segments[:, :end])
@@ -205,6 +233,7 @@ def exact_attention(q, k, v, f):
 @torch.no_grad()
 def test_the_cheapest_attention_is_chosen():
     """No mask for a query over a cache or a decoded token under ISM, is_causal for causal rows, else a mask."""
+
     def chosen(f, S):
         attend = choose_attention(f, S, torch.device("cpu"))
         return attend if attend is sdpa else attend.keywords
@@ -215,7 +244,9 @@ def test_the_cheapest_attention_is_chosen():
     expected = torch.arange(12) < torch.arange(8, 13)[:, None]  # a triangle at the bottom right
     assert torch.equal(chosen(torch.arange(8, 13)[None], 12)["seen"][0, 0], expected)
     with torch.enable_grad():  # short rows in training take the plain attention
-        assert not isinstance(choose_attention(torch.arange(1, 6)[None], 5, torch.device("cpu")), functools.partial)
+        assert not isinstance(
+            choose_attention(torch.arange(1, 6)[None], 5, torch.device("cpu")), functools.partial
+        )
 
 
 def test_every_attention_gives_the_same():
@@ -245,7 +276,13 @@ def test_every_attention_gives_the_same():
             assert all(map(torch.allclose, torch.autograd.grad(y, (q, k, v), seed), wanted))
         if number < 20:
             with torch.no_grad():
-                y = flex_attention(q.detach(), k.detach(), v.detach(), block_mask=block_mask(f, S, 16), enable_gqa=H > Hkv)
+                y = flex_attention(
+                    q.detach(),
+                    k.detach(),
+                    v.detach(),
+                    block_mask=block_mask(f, S, 16),
+                    enable_gqa=H > Hkv,
+                )
             assert torch.allclose(y, expected)
 
 
@@ -272,9 +309,16 @@ def test_errors():
         GPTConfig(n_head=4, n_kv_head=3)
 
 
-@pytest.mark.parametrize("f, words", [
-    (torch.ones(2, 5, dtype=torch.bool), "integers"), (torch.ones(2, 5), "integers"), (torch.ones(5, dtype=torch.long), "for each token"),
-    (torch.ones(1, 5, dtype=torch.long), "for each token"), (torch.tensor([[1, 2, 0, 4, 5], [1, 2, 3, 4, 5]]), "at least one")])
+@pytest.mark.parametrize(
+    "f, words",
+    [
+        (torch.ones(2, 5, dtype=torch.bool), "integers"),
+        (torch.ones(2, 5), "integers"),
+        (torch.ones(5, dtype=torch.long), "for each token"),
+        (torch.ones(1, 5, dtype=torch.long), "for each token"),
+        (torch.tensor([[1, 2, 0, 4, 5], [1, 2, 3, 4, 5]]), "at least one"),
+    ],
+)
 def test_an_f_that_is_none_is_one_line(f, words):
     with pytest.raises(ValueError, match=words) as error:
         make()(torch.zeros(2, 5, dtype=torch.long), f)
@@ -291,7 +335,10 @@ def test_blocks_are_those_of_the_dense_mask():
         seen = torch.arange(S) < f[..., None]  # (B, n, S)
         found = block_mask(f, S, size)
         for b, r in itertools.product(range(2), range(-(-n // size))):
-            part = [seen[b, r * size : (r + 1) * size, c * size : (c + 1) * size] for c in range(-(-S // size))]
+            part = [
+                seen[b, r * size : (r + 1) * size, c * size : (c + 1) * size]
+                for c in range(-(-S // size))
+            ]
             full = set(found.full_kv_indices[b, 0, r, : found.full_kv_num_blocks[b, 0, r]].tolist())
             some = set(found.kv_indices[b, 0, r, : found.kv_num_blocks[b, 0, r]].tolist())
             assert not full & some
@@ -332,8 +379,12 @@ def test_the_lesson_above_the_line_is_the_whole_model(variant, name):
             expected = model(tokens, f)
             scale = float(expected.abs().max())
             assert torch.allclose(twin(tokens, f), expected, atol=1e-5 * scale, rtol=0)
-            parts = zip(feed_as_chat_does(model, tokens, segments, MASKS[name]),
-                        feed_as_chat_does(twin, tokens, segments, MASKS[name], cache=plain.Cache(twin.config)))
+            parts = zip(
+                feed_as_chat_does(model, tokens, segments, MASKS[name]),
+                feed_as_chat_does(
+                    twin, tokens, segments, MASKS[name], cache=plain.Cache(twin.config)
+                ),
+            )
             for (_, a), (_, b) in parts:
                 assert torch.allclose(a, b, atol=1e-5 * scale, rtol=0)
         for each in (model, twin):
@@ -352,7 +403,10 @@ def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
         model = make(variant, seed=seed)
         packed = pack(copy.deepcopy(model).bfloat16(), kind)
         kinds = {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)}
-        assert PACKED[kind] in kinds and kinds <= {PACKED[kind], PackedLinear}  # in 4 bits some shapes are not there
+        assert PACKED[kind] in kinds and kinds <= {
+            PACKED[kind],
+            PackedLinear,
+        }  # in 4 bits some shapes are not there
         for name, linear in packed.named_modules():
             if isinstance(linear, PackedLinear):
                 original = model.get_submodule(name)
@@ -373,7 +427,10 @@ def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
         cut = rng.randint(1, tokens.shape[1])
         cache = Cache(packed.config)
         read_one = one_by_one(packed, cache)
-        parts = [packed(tokens[:, :cut], None, cache)[0], *(read_one(int(token))[None] for token in tokens[0, cut:])]
+        parts = [
+            packed(tokens[:, :cut], None, cache)[0],
+            *(read_one(int(token))[None] for token in tokens[0, cut:]),
+        ]
         whole, causal_whole = model(tokens, f), model(tokens)[0]
         assert (packed(tokens, f) - whole).norm() <= 0.02 * whole.norm()
         assert (torch.cat(parts) - causal_whole).norm() <= 0.02 * causal_whole.norm()
@@ -382,7 +439,10 @@ def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
 def linear_step(weight, levels, group):
     """The largest rounding error of weights in groups of neighbours, each with `levels` steps to a side of its middle."""
     groups = weight.view(-1, group)
-    return float(((groups.amax(1) - groups.amin(1)) / 2 if levels < 8 else groups.abs().amax(1)).max()) / levels
+    return (
+        float(((groups.amax(1) - groups.amin(1)) / 2 if levels < 8 else groups.abs().amax(1)).max())
+        / levels
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -401,13 +461,16 @@ def test_steps_written_out_are_the_model(variant):
         for token in tokens[0, cut:].tolist():
             got, want = read_one(token), model(torch.tensor([[token]]), None, caches[1])[0, 0]
             assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
-        assert torch.allclose(caches[0].k, caches[1].k, atol=1e-5) and torch.allclose(caches[0].v, caches[1].v, atol=1e-5)
+        assert torch.allclose(caches[0].k, caches[1].k, atol=1e-5) and torch.allclose(
+            caches[0].v, caches[1].v, atol=1e-5
+        )
         with pytest.raises(ValueError, match="context of 64"):
             read_one(0)
 
 
 def test_without_torchs_private_operators_the_weights_are_bfloat16(monkeypatch):
     """A later torch may not have them: the chat goes on, with more bytes."""
+
     def gone(*_):
         raise AttributeError("no such operator")
 
@@ -415,7 +478,9 @@ def test_without_torchs_private_operators_the_weights_are_bfloat16(monkeypatch):
     monkeypatch.setattr(Int4Linear, "pack", gone)
     for kind in ("int8", "int4"):
         packed = pack(make().bfloat16(), kind)
-        assert {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)} == {PackedLinear}
+        assert {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)} == {
+            PackedLinear
+        }
 
 
 def decoded(model, tokens, f):
@@ -443,7 +508,9 @@ def test_replayed_steps_are_the_full_forward(variant):
         tokens, segments = dialogue(rng, block_size, turns=block_size // 8)
         f = ism(segments)
         whole = model(tokens, f)[0]
-        assert torch.allclose(decoded(model, tokens, f), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)
+        assert torch.allclose(
+            decoded(model, tokens, f), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -457,7 +524,9 @@ def test_replay_refuses_a_full_cache():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1e-2), (torch.float32, 1e-5)]
+)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("Hkv", [8, 2])
 @pytest.mark.parametrize("T", [320, 1200])  # by SDPA and by FlexAttention
@@ -469,14 +538,21 @@ def test_cuda_attention_is_fused_and_right(dtype, tolerance, name, Hkv, T):
     f = MASKS[name]((torch.arange(T) // 23 + 1)[None].expand(2, T))
     attend = choose_attention(f, T, torch.device("cuda"))
     assert (attend.func is attend_by_blocks) == (name != "causal" and T >= FLEX_FROM)
-    q, k, v = (torch.randn(2, h, T, D, device="cuda", dtype=dtype, requires_grad=True) for h in (H, Hkv, Hkv))
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+    q, k, v = (
+        torch.randn(2, h, T, D, device="cuda", dtype=dtype, requires_grad=True)
+        for h in (H, Hkv, Hkv)
+    )
+    with sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    ):
         out = attend(q, k, v)
         seed = torch.randn_like(out)
         grads = torch.autograd.grad(out, (q, k, v), seed)
     Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
     expected = exact_attention(Q, K, V, f.cuda())
-    for got, want in zip((out, *grads), (expected, *torch.autograd.grad(expected, (Q, K, V), seed.double()))):
+    for got, want in zip(
+        (out, *grads), (expected, *torch.autograd.grad(expected, (Q, K, V), seed.double()))
+    ):
         assert (got.double() - want).norm() / want.norm() < tolerance
 
 
@@ -485,7 +561,10 @@ def test_cuda_long_rows_need_no_square_of_their_length():
     """32,768 tokens, one row, forward and backward: a mask of T x T alone would be 1 GiB."""
     T = 32768
     f = ism((torch.arange(T) // 300 + 1)[None])
-    q, k, v = (torch.randn(1, 4, T, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 4, T, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = choose_attention(f, T, q.device)(q, k, v)
@@ -504,4 +583,6 @@ def test_cuda_graphs_are_the_full_forward(variant):
         tokens, f = tokens.cuda(), ism(segments)
         got, want = decoded(model, tokens, f).double(), model(tokens, f)[0].double()
         exact = model.double()(tokens, f)[0]
-        assert (got - exact).norm() < 2 * (want - exact).norm()  # no further from the truth than rounding takes any path
+        assert (got - exact).norm() < 2 * (
+            want - exact
+        ).norm()  # no further from the truth than rounding takes any path

@@ -1,4 +1,5 @@
 """The demos that draw, where matplotlib is not installed."""
+
 import subprocess
 import sys
 
@@ -9,6 +10,15 @@ from conftest import ROOT
 @pytest.mark.parametrize("name", ["masks", "theory", "quality", "speed"])
 def test_without_matplotlib_a_demo_says_so_at_once(name):
     script = "import runpy, sys; sys.modules['matplotlib'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", script, f"demos/{name}.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"demos/{name}.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith(f"{name}.py: the picture needs matplotlib") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"{name}.py: the picture needs matplotlib")
+        and done.stderr.count("\n") == 1
+    )

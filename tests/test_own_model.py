@@ -1,4 +1,5 @@
 """Chats with checkpoint folders in the Hugging Face format, against transformers and its chat templates."""
+
 import json
 import random
 import sys
@@ -6,7 +7,10 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is needed only to check folders of its format")
+transformers = pytest.importorskip(
+    "transformers",
+    reason="transformers is not installed; it is needed only to check folders of its format",
+)
 from conftest import ROOT
 from test_chat import run
 from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
@@ -21,17 +25,21 @@ import elsewhere
 from finetune import add_lora, merge_lora
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-LLAMA3 = ("{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-          "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+LLAMA3 = (
+    "{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
 KINDS = {"qwen": ("qwen2", CHATML), "smollm2": ("smollm2", CHATML), "llama3": ("llama3.2", LLAMA3)}
 
 
 # Chat templates with a system prompt of their own, SYSTEM, for dialogues that have none: SmolLM2's,
 # Qwen2.5's (shortened where tools are listed), and others of the kind.
-SMOLLM2 = (r"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-           r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}"
-           r"{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-           r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SMOLLM2 = (
+    r"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}"
+    r"{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 QWEN25 = r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
     {%- if messages[0]['role'] == 'system' %}
@@ -59,32 +67,50 @@ QWEN25 = r"""{%- if tools %}
 """
 UNLESS = "{% if messages[0].role != 'system' %}"
 BARE = UNLESS + "<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}" + CHATML
-BEGUN = ("{{ bos_token }}" + UNLESS
-         + r"{{ '<|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>' }}{% endif %}"
-         + LLAMA3.replace("{{ bos_token if loop.first }}", ""))
+BEGUN = (
+    "{{ bos_token }}"
+    + UNLESS
+    + r"{{ '<|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>' }}{% endif %}"
+    + LLAMA3.replace("{{ bos_token if loop.first }}", "")
+)
 EACH = "{% for m in messages %}"
-NONE = CHATML.replace(EACH, EACH + "{% if m.role == 'system' %}{{ '<|im_start|>system\n' ~ "
-                      "m.content ~ '<|im_end|>' ~ '\n' }}{% continue %}{% endif %}")
+NONE = CHATML.replace(
+    EACH,
+    EACH + "{% if m.role == 'system' %}{{ '<|im_start|>system\n' ~ "
+    "m.content ~ '<|im_end|>' ~ '\n' }}{% continue %}{% endif %}",
+)
 TEMPLATES = {  # name: (kind, template, whether it has a system prompt of its own)
-    "smollm2": ("smollm2", SMOLLM2, True), "qwen2.5": ("qwen", QWEN25, True),
-    "bare": ("smollm2", BARE, True), "llama3": ("llama3", BEGUN, True),
-    "plain": ("qwen", CHATML, False), "none": ("smollm2", NONE, False)}
-PROMPTS = ["You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-           "Reason step by step, put the answer within \\boxed{}.",
-           "You're Qwen. You said: 'yes' + no.", "Two\nlines", "<b>7 > 5</b> | 3"]
+    "smollm2": ("smollm2", SMOLLM2, True),
+    "qwen2.5": ("qwen", QWEN25, True),
+    "bare": ("smollm2", BARE, True),
+    "llama3": ("llama3", BEGUN, True),
+    "plain": ("qwen", CHATML, False),
+    "none": ("smollm2", NONE, False),
+}
+PROMPTS = [
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    "Reason step by step, put the answer within \\boxed{}.",
+    "You're Qwen. You said: 'yes' + no.",
+    "Two\nlines",
+    "<b>7 > 5</b> | 3",
+]
 
 
 def make_folder(kind, folder):
     """A random model and a trained BPE in one folder, as a published checkpoint has them; returns transformers' tokenizer."""
     architecture, options = FAMILIES[KINDS[kind][0]]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, "vocab_size": 1600, "max_position_embeddings": 512}, **options)
+    config = getattr(transformers, f"{architecture}Config")(
+        **{**SIZES, "vocab_size": 1600, "max_position_embeddings": 512}, **options
+    )
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.2)
     model.save_pretrained(folder)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=trained(kind), bos_token="<|begin_of_text|>" if kind == "llama3" else None)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained(kind), bos_token="<|begin_of_text|>" if kind == "llama3" else None
+    )
     fast.chat_template = KINDS[kind][1]
     trained(kind).save(str(folder / "tokenizer.json"))
     return fast
@@ -116,11 +142,23 @@ def test_a_folder_chats(kind, mask, tmp_path):
     make_folder(kind, tmp_path)
     rng = random.Random(kind + mask)
     for number in range(4):
-        chat = load_chat(tmp_path, "cpu", "float32", mask, system=rng.choice(("", "Be kind.")), temperature=1.0, seed=number, max_new_tokens=9)
+        chat = load_chat(
+            tmp_path,
+            "cpu",
+            "float32",
+            mask,
+            system=rng.choice(("", "Be kind.")),
+            temperature=1.0,
+            seed=number,
+            max_new_tokens=9,
+        )
         for _ in range(4):
             before = len(chat.layout()[0]) if chat.turns else 0
             chat.send(user(rng)["content"])
-            assert chat.stats["prefill tokens"] + chat.stats["decode tokens"] == len(chat.layout()[0]) - before
+            assert (
+                chat.stats["prefill tokens"] + chat.stats["decode tokens"]
+                == len(chat.layout()[0]) - before
+            )
             with torch.inference_mode():
                 cached, whole = fresh(chat, "so?")
             assert torch.allclose(cached, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
@@ -131,13 +169,17 @@ def test_a_chat_is_the_template(kind, tmp_path):
     """The tokens of a chat, and of its next query, are those of transformers' chat template, turn by turn."""
     fast = make_folder(kind, tmp_path)
     rng = random.Random(kind)
-    template = lambda messages, header: list(fast.apply_chat_template(messages, add_generation_prompt=header, return_dict=False))
+    template = lambda messages, header: list(
+        fast.apply_chat_template(messages, add_generation_prompt=header, return_dict=False)
+    )
     chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1)
     for number in range(20):
         messages = [{"role": "system", "content": "Be kind."}] * (number % 2)
         chat.messages = []
         for _ in range(4):
-            messages += [user(rng) for _ in range(rng.choice((1, 1, 2)))] + [{"role": "assistant", "content": user(rng)["content"]}]
+            messages += [user(rng) for _ in range(rng.choice((1, 1, 2)))] + [
+                {"role": "assistant", "content": user(rng)["content"]}
+            ]
             go_on(chat, messages)
             tokens, segments = chat.layout()
             assert (tokens, segments) == chat.tokenizer.encode_dialogue(messages)
@@ -173,8 +215,11 @@ def test_the_templates_own_system_prompt(name, tmp_path):
             (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": held}))
         chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1)
         assert chat.tokenizer.default_system == (prompt if own else "")
-        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
-                    {"role": "user", "content": "So?"}]
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "So?"},
+        ]
         asked = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         go_on(chat, messages[:2])
         chat.send("So?")
@@ -195,23 +240,54 @@ def test_greedy_chat_writes_what_transformers_generates(tmp_path):
     for kind in KINDS:
         fast = make_folder(kind, tmp_path / kind)
         chat = load_chat(tmp_path / kind, "cpu", "float32", "causal", max_new_tokens=6)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / kind, dtype=torch.float32
+        )
         chat.send("Hi, I'm Ann.")
-        ids = fast.apply_chat_template([{"role": "user", "content": "Hi, I'm Ann."}], add_generation_prompt=True, return_dict=False)
-        out = theirs.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=chat.tokenizer.end, pad_token_id=0,
-                              suppress_tokens=chat.tokenizer.unsayable)[0]
+        ids = fast.apply_chat_template(
+            [{"role": "user", "content": "Hi, I'm Ann."}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        out = theirs.generate(
+            torch.tensor([ids]),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=chat.tokenizer.end,
+            pad_token_id=0,
+            suppress_tokens=chat.tokenizer.unsayable,
+        )[0]
         assert (list(ids) + chat.turns[0][1])[: len(out)] == out.tolist()
 
 
 def test_commands_with_a_folder(tmp_path):
     make_folder("qwen", tmp_path)
-    done = run("sample.py", "--ckpt", str(tmp_path), "--mask", "prefix", "--max_new_tokens", "5", "--prompt", "Hi", "--prompt", "So?")
+    done = run(
+        "sample.py",
+        "--ckpt",
+        str(tmp_path),
+        "--mask",
+        "prefix",
+        "--max_new_tokens",
+        "5",
+        "--prompt",
+        "Hi",
+        "--prompt",
+        "So?",
+    )
     assert done.returncode == 0 and done.stdout.count("> ") >= 2, done.stderr
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, words in (({"vocab_size": 1400}, "vocab_size is 1400"), ({"model_type": "x", "architectures": ["X"]}, "X is not known")):
+    for change, words in (
+        ({"vocab_size": 1400}, "vocab_size is 1400"),
+        ({"model_type": "x", "architectures": ["X"]}, "X is not known"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         done = run("sample.py", "--ckpt", str(tmp_path))
-        assert done.returncode != 0 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert (
+            done.returncode != 0
+            and words in done.stderr
+            and len(done.stderr.strip().splitlines()) == 1
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -230,11 +306,17 @@ def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
         out = tmp_path / f"{dtype}"
         save_pretrained(ours, tmp_path / "source", out)
         assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype)[6:]
-        again, info = type(theirs).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        again, info = type(theirs).from_pretrained(
+            out, dtype=torch.float32, output_loading_info=True
+        )
         assert not any(info.values())
         check_equal(again.eval(), ours.float().eval(), tolerance)
         check_equal(again, from_pretrained(out), tolerance)
-        assert rank or dtype == torch.bfloat16 or all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters()))
+        assert (
+            rank
+            or dtype == torch.bfloat16
+            or all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters()))
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,5 @@
 """Several processes: torchrun on the CPU, where gloo carries the gradients, against one process."""
+
 import json
 import os
 import random
@@ -49,23 +50,65 @@ name.write_text(json.dumps([seen, read, metrics["loss"], metrics["accuracy"], no
 def launch(processes, tmp_path, settings, **options):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
-    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    how = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+        if processes > 1
+        else [sys.executable]
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*how, str(script), str(tmp_path), json.dumps(settings)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=environment, cwd=ROOT, start_new_session=True, **options)
+    return subprocess.Popen(
+        [*how, str(script), str(tmp_path), json.dumps(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+        **options,
+    )
 
 
 @pytest.fixture
 def settings(tmp_path):
     rng = random.Random(0)
-    dialogues = [sum((json.loads(chat(n, "hello " * rng.randint(1, 9)))["messages"] for _ in range(rng.randint(1, 3))), []) for n in range(90)]
+    dialogues = [
+        sum(
+            (
+                json.loads(chat(n, "hello " * rng.randint(1, 9)))["messages"]
+                for _ in range(rng.randint(1, 3))
+            ),
+            [],
+        )
+        for n in range(90)
+    ]
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in dialogues), encoding="utf-8")
-    return dict(data=str(path), n_layer=2, n_head=2, n_embd=32, batch_size=1, block_size=128, max_iters=20, eval_interval=10,
-                dtype="float32", device="cpu")
+    path.write_text(
+        "\n".join(json.dumps({"messages": messages}) for messages in dialogues), encoding="utf-8"
+    )
+    return dict(
+        data=str(path),
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        batch_size=1,
+        block_size=128,
+        max_iters=20,
+        eval_interval=10,
+        dtype="float32",
+        device="cpu",
+    )
 
 
-@pytest.mark.parametrize("options", [dict(mask="ism", grad_accum=2, checkpointing=True), dict(mask="prefix", batch_size=2)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(mask="ism", grad_accum=2, checkpointing=True), dict(mask="prefix", batch_size=2)],
+)
 def test_two_processes_equal_one(tmp_path, settings, options):
     """The same losses over 20 steps, the same weights and held-out figures; each reads its own rows, one prints and writes."""
     runs = {}
@@ -75,14 +118,20 @@ def test_two_processes_equal_one(tmp_path, settings, options):
         printed = process.communicate(timeout=240)[0]
         assert process.returncode == 0, printed
         assert printed.count("parameters, ") == 1 and printed.count("were cut") <= 1
-        runs[processes] = [json.loads((out / f"losses.{rank}.json").read_text()) for rank in range(processes)]
+        runs[processes] = [
+            json.loads((out / f"losses.{rank}.json").read_text()) for rank in range(processes)
+        ]
         runs[processes].append(torch.load(out / "ckpt.pt", weights_only=True)["model"])
     (one, rows, loss, accuracy, norms), weights = runs[1]
     first, second, both = runs[2]
     assert len(one) == 20 and one[-1] < one[0]
     assert all(abs(a + b - whole) < 1e-5 for a, b, whole in zip(first[0], second[0], one))
     assert all(abs(a - whole) < 1e-3 * whole for a, whole in zip(first[4], norms))
-    assert abs(first[2] - loss) < 1e-4 and first[2:] == second[2:] and first[3].keys() == accuracy.keys()
+    assert (
+        abs(first[2] - loss) < 1e-4
+        and first[2:] == second[2:]
+        and first[3].keys() == accuracy.keys()
+    )
     assert all((weights[name] - both[name]).abs().max() < 1e-3 for name in weights)
     alone = 0
     for whole, a, b in zip(rows, first[1], second[1]):
@@ -94,11 +143,15 @@ def test_two_processes_equal_one(tmp_path, settings, options):
 
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path, settings):
     out = tmp_path / "out"
-    process = launch(2, tmp_path, {**settings, "max_iters": 100000, "eval_interval": 5, "out_dir": str(out)})
+    process = launch(
+        2, tmp_path, {**settings, "max_iters": 100000, "eval_interval": 5, "out_dir": str(out)}
+    )
     until = time.time() + 120
     while not (out / "ckpt.pt").exists() and time.time() < until:
         time.sleep(0.2)
-    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     assert len(workers) == 2, process.communicate()[0] if process.poll() is not None else workers
     os.kill(int(workers[1]), signal.SIGKILL)
     printed = process.communicate(timeout=100)[0]  # no hang

@@ -1,4 +1,5 @@
 """The quality demo: runs of train.py, their figures, and self-chat."""
+
 import json
 
 import pytest
@@ -14,9 +15,22 @@ from sample import load_chat
 def made(tmp_path_factory):
     """A quick study of two rows: its folder, the printed text."""
     folder = tmp_path_factory.mktemp("quality")
-    done = run("demos/quality.py", "--quick", "--seeds", "1", "--rows", "prefix;ism", "--chats", "6",
-               "--runs", str(folder / "runs"), "--json", str(folder / "quality.json"),
-               "--out", str(folder / "new" / "quality.png"))
+    done = run(
+        "demos/quality.py",
+        "--quick",
+        "--seeds",
+        "1",
+        "--rows",
+        "prefix;ism",
+        "--chats",
+        "6",
+        "--runs",
+        str(folder / "runs"),
+        "--json",
+        str(folder / "quality.json"),
+        "--out",
+        str(folder / "new" / "quality.png"),
+    )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -34,7 +48,9 @@ def test_all_runs_are_there_with_shares_of_answers(made):
         assert all(0 <= right <= asked for asked, right in record["chat"])
         said_in_all = sum(asked for asked, _ in record["chat"])
         dialogues = generate("test", 6, record["seed"], mixed=True)
-        assert said_in_all == sum(m["role"] == "assistant" for d in dialogues for m in d["messages"])
+        assert said_in_all == sum(
+            m["role"] == "assistant" for d in dialogues for m in d["messages"]
+        )
     assert (folder / "new" / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "| ism" in said and "the four patterns" in said and "its own answers as history" in said
 
@@ -49,8 +65,11 @@ def test_a_study_goes_on_where_it_was_stopped(made):
     run_all(study, figures)
     again = figures["runs"][-1]
     assert {k: v for k, v in again.items() if k not in ("seconds", "settings")} == {
-        k: v for k, v in lost.items() if k not in ("seconds", "settings")}
-    changed = {path.parent.name for path, before in written.items() if path.stat().st_mtime_ns != before}
+        k: v for k, v in lost.items() if k not in ("seconds", "settings")
+    }
+    changed = {
+        path.parent.name for path, before in written.items() if path.stat().st_mtime_ns != before
+    }
     assert changed == {"ism-0"}
 
 
@@ -61,16 +80,24 @@ def test_self_chat_counts_what_a_chat_by_hand_gives(made):
     for dialogue in generate("test", 6, 0, mixed=True):
         chat.messages = [m for m in dialogue["messages"] if m["role"] == "system"]
         chat.reset()
-        for query, answer in zip(*[iter(m for m in dialogue["messages"] if m["role"] != "system")] * 2):
+        for query, answer in zip(
+            *[iter(m for m in dialogue["messages"] if m["role"] != "system")] * 2
+        ):
             asked += 1
             right += chat.send(query["content"]) == answer["content"]
     counted = self_chat(folder / "runs" / "ism-0" / "ckpt.pt", 6)
     assert [sum(column) for column in zip(*counted)] == [asked, right]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--rows", "foo"), "is none of"), (("--seeds", "11"), "--seeds from 1 to 10"),
-    (("--json", "README.md"), "holds no figures"), (("--out", "/dev/null/x"), "cannot write")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--rows", "foo"), "is none of"),
+        (("--seeds", "11"), "--seeds from 1 to 10"),
+        (("--json", "README.md"), "holds no figures"),
+        (("--out", "/dev/null/x"), "cannot write"),
+    ],
+)
 def test_errors_are_one_line(flags, words):
     done = run("demos/quality.py", *flags)
     assert done.returncode != 0 and words in done.stderr

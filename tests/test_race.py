@@ -1,4 +1,5 @@
 """The race: games with one right answer, the same start for both, and what the program shows."""
+
 import json
 import random
 import sys
@@ -71,7 +72,10 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
     names = ["causal", "ism", "causal, given twice"]
     assert [x["runner"] for x in figures["records"]] == names
     for record in figures["records"]:
-        assert set(record["curves"]) == {"1 step", "2 steps", "3 steps"} and len(record["guesses"]) == 8
+        assert (
+            set(record["curves"]) == {"1 step", "2 steps", "3 steps"}
+            and len(record["guesses"]) == 8
+        )
         for kind, curve in record["curves"].items():
             assert len(curve) == 2 and all(0 <= share <= 1 for share in curve)
             assert f"{100 * curve[-1]:.1f}" in said
@@ -87,14 +91,25 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
 def test_the_other_game(tmp_path):
     figures, said = race_with(tmp_path, "--task", "missing", "--seeds", "2", "--seed", "5")
     assert [(x["runner"], x["seed"]) for x in figures["records"]] == [
-        ("causal", 5), ("ism", 5), ("causal", 6), ("ism", 6)]
+        ("causal", 5),
+        ("ism", 5),
+        ("causal", 6),
+        ("ism", 6),
+    ]
     assert set(figures["records"][0]["curves"]) == {"all"} and said.count("what is missing?") == 4
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--masks", "causal,foo"), "'foo' is no mask; there are causal, prefix, ism"),
-    (("--steps", "0"), "--steps must be at least 1"), (("--every", "999"), "--every must be at most"),
-    (("--task", "chess"), "links"), (("--seed", "x"), "invalid int"), (("--out", "/dev/null/x"), "cannot write")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--masks", "causal,foo"), "'foo' is no mask; there are causal, prefix, ism"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (("--every", "999"), "--every must be at most"),
+        (("--task", "chess"), "links"),
+        (("--seed", "x"), "invalid int"),
+        (("--out", "/dev/null/x"), "cannot write"),
+    ],
+)
 def test_errors_are_one_line(flags, words):
     done = run("demos/race.py", *flags)
     assert done.returncode != 0 and not done.stdout

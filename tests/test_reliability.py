@@ -1,4 +1,5 @@
 """Nothing lost, nothing leaked: training under kills and faults, chat under hostile text and long use, the same seed twice."""
+
 import gc
 import json
 import os
@@ -30,14 +31,31 @@ from train import Settings, train
 resource = pytest.importorskip("resource", reason="limits and signals as Linux and macOS have them")
 
 # A checkpoint every other step, so that much of the time is spent writing; many more steps than the kills wait for, so that a late one still comes in time.
-KILLED = dict(n_dialogues=20, n_layer=2, n_head=2, n_embd=64, batch_size=2, block_size=256, max_iters=120, eval_interval=2, dtype="float32",
-              device="cpu")
+KILLED = dict(
+    n_dialogues=20,
+    n_layer=2,
+    n_head=2,
+    n_embd=64,
+    batch_size=2,
+    block_size=256,
+    max_iters=120,
+    eval_interval=2,
+    dtype="float32",
+    device="cpu",
+)
 
 
 def start(out, resume=False, **changed):
     flags = [f"--{name}={value}" for name, value in {**KILLED, "out_dir": out, **changed}.items()]
-    return subprocess.Popen([sys.executable, "train.py", *flags, *["--resume"] * resume], cwd=ROOT, text=True, encoding="utf-8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "train.py", *flags, *["--resume"] * resume],
+        cwd=ROOT,
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def finish(out, resume=False, **changed):
@@ -46,12 +64,23 @@ def finish(out, resume=False, **changed):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     state = load_checkpoint(out / "ckpt.pt")
-    numbers = [*state["model"].values(), *(x for slots in state["optimizer"]["state"].values() for x in slots.values())]
-    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))["loss"], state["step"], numbers
+    numbers = [
+        *state["model"].values(),
+        *(x for slots in state["optimizer"]["state"].values() for x in slots.values()),
+    ]
+    return (
+        json.loads((out / "metrics.json").read_text(encoding="utf-8"))["loss"],
+        state["step"],
+        numbers,
+    )
 
 
 def same(a, b):
-    return a[:2] == b[:2] and len(a[2]) == len(b[2]) and all(torch.equal(x, y) for x, y in zip(a[2], b[2]))
+    return (
+        a[:2] == b[:2]
+        and len(a[2]) == len(b[2])
+        and all(torch.equal(x, y) for x, y in zip(a[2], b[2]))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +106,9 @@ def kill(out, moment, rng):
     before, process = written(), start(out, resume=file.exists())
     if moment == "start":
         end = time.time() + rng.uniform(0, 4)
-        wait_for(process, lambda: time.time() > end or written() != before)  # its first checkpoint ends the start
+        wait_for(
+            process, lambda: time.time() > end or written() != before
+        )  # its first checkpoint ends the start
     else:
         for _ in range(rng.randint(1, 6)):  # the n-th checkpoint from here
             if not wait_for(process, lambda: written() != before):
@@ -119,9 +150,16 @@ def test_a_signal_ends_in_a_checkpoint_and_a_line(tmp_path, whole):
         assert wait_for(process, lambda: file.exists() and file.stat().st_mtime_ns != written)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-        line, step, written = errors.splitlines()[-1], load_checkpoint(file)["step"], file.stat().st_mtime_ns
+        line, step, written = (
+            errors.splitlines()[-1],
+            load_checkpoint(file)["step"],
+            file.stat().st_mtime_ns,
+        )
         assert process.returncode == 1 and "Traceback" not in errors
-        assert line == f"train.py: stopped after step {step} of {KILLED['max_iters']}; the same flags and --resume go on from {file}"
+        assert (
+            line
+            == f"train.py: stopped after step {step} of {KILLED['max_iters']}; the same flags and --resume go on from {file}"
+        )
     assert same(finish(tmp_path, resume=True), whole)
 
 
@@ -140,7 +178,10 @@ def test_stopping_cuts_no_step_and_the_second_time_interrupts(interruptible):
         if batch == 3:
             signal.raise_signal(signal.SIGTERM)
         steps.append(batch)
-    assert steps == [0, 1, 2, 3] and (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert (
+        steps == [0, 1, 2, 3]
+        and (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    )
     with pytest.raises(KeyboardInterrupt):
         for _ in until_stopped(range(100)):
             signal.raise_signal(signal.SIGINT)
@@ -152,12 +193,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, interval):
     s = {**TINY, "n_dialogues": 40, "out_dir": str(tmp_path)}
     train(Settings(**s, max_iters=5))
     good = (tmp_path / "ckpt.pt").read_bytes()
-    with pytest.raises(ValueError, match=r"is NaN or infinite at step \d+;.*--learning_rate") as error:
-        train(Settings(**{**s, "eval_interval": interval}, max_iters=200, learning_rate=1e30, resume=True))
+    with pytest.raises(
+        ValueError, match=r"is NaN or infinite at step \d+;.*--learning_rate"
+    ) as error:
+        train(
+            Settings(
+                **{**s, "eval_interval": interval}, max_iters=200, learning_rate=1e30, resume=True
+            )
+        )
     assert one_line(error.value) == str(error.value)
     state = load_checkpoint(tmp_path / "ckpt.pt")
-    assert all(x.isfinite().all() for slots in (state["model"], *state["optimizer"]["state"].values()) for x in slots.values())
-    assert interval == 1 or (tmp_path / "ckpt.pt").read_bytes() == good and " step 20;" in str(error.value)
+    assert all(
+        x.isfinite().all()
+        for slots in (state["model"], *state["optimizer"]["state"].values())
+        for x in slots.values()
+    )
+    assert (
+        interval == 1
+        or (tmp_path / "ckpt.pt").read_bytes() == good
+        and " step 20;" in str(error.value)
+    )
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
@@ -168,7 +223,9 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
         state = load_checkpoint(path)
         slots = rng.choice([state["model"], *state["optimizer"]["state"].values()])
         x = slots[rng.choice(list(slots))]
-        x.view(-1)[rng.randrange(x.numel())] = rng.choice((float("nan"), float("inf"), -float("inf")))
+        x.view(-1)[rng.randrange(x.numel())] = rng.choice(
+            (float("nan"), float("inf"), -float("inf"))
+        )
         with pytest.raises(ValueError, match="is NaN or infinite at step 5"):
             save_checkpoint(path, **state)
         assert path.read_bytes() == good
@@ -185,10 +242,18 @@ def main_fails(monkeypatch, *arguments):
     return end.value.code
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
-                                   RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    ],
+)
 def test_out_of_memory_on_a_gpu_names_the_flags(tmp_path, monkeypatch, error):
     """Raised by hand where there is no GPU; test_out_of_memory_on_the_cpu runs out for real."""
+
     def full(*_, **__):
         raise error
 
@@ -198,7 +263,13 @@ def test_out_of_memory_on_a_gpu_names_the_flags(tmp_path, monkeypatch, error):
 
 
 def test_out_of_memory_on_the_cpu(tmp_path, monkeypatch):
-    said = main_fails(monkeypatch, "--n_dialogues=40", "--n_embd=100000000", "--device=cpu", f"--out_dir={tmp_path}")
+    said = main_fails(
+        monkeypatch,
+        "--n_dialogues=40",
+        "--n_embd=100000000",
+        "--device=cpu",
+        f"--out_dir={tmp_path}",
+    )
     assert "--n_embd" in said
 
 
@@ -216,11 +287,16 @@ def test_a_full_disk(tmp_path):
     for limit in random.Random(0).sample(range(len(good)), 20):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(ValueError, match="ckpt.pt cannot be written .File too large") as error:
+            with pytest.raises(
+                ValueError, match="ckpt.pt cannot be written .File too large"
+            ) as error:
                 save_checkpoint(path, **state)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert path.read_bytes() == good and sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "metrics.json"]
+        assert path.read_bytes() == good and sorted(p.name for p in tmp_path.iterdir()) == [
+            "ckpt.pt",
+            "metrics.json",
+        ]
     assert one_line(error.value) == str(error.value)
 
 
@@ -236,18 +312,28 @@ def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path, capsys):
         command(chat, f"/save {path}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert capsys.readouterr().out.startswith("[not saved: ") and path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
+    assert (
+        capsys.readouterr().out.startswith("[not saved: ")
+        and path.read_bytes() == good
+        and list(tmp_path.iterdir()) == [path]
+    )
 
 
 def read_only(tmp_path):
     """Folders that even root cannot write into."""
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    return [tmp_path / "file", tmp_path / "file" / "below", *map(pathlib.Path, ("/sys", "/sys/out") if sys.platform == "linux" else ())]
+    return [
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        *map(pathlib.Path, ("/sys", "/sys/out") if sys.platform == "linux" else ()),
+    ]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     for folder in read_only(tmp_path):
-        assert f"--out_dir {folder} is no folder that can be written" in main_fails(monkeypatch, f"--out_dir={folder}", "--max_iters=1", "--n_dialogues=40")
+        assert f"--out_dir {folder} is no folder that can be written" in main_fails(
+            monkeypatch, f"--out_dir={folder}", "--max_iters=1", "--n_dialogues=40"
+        )
     monkeypatch.setattr("data.loader.CACHE", tmp_path / "file" / "cache")
     assert "file/cache" in main_fails(monkeypatch, f"--out_dir={tmp_path / 'out'}", "--device=cpu")
 
@@ -265,9 +351,16 @@ def test_data_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     assert len(Split(prepare(TOKENIZER, 256, n_dialogues=300), "train").offsets) == 301
 
 
-@pytest.mark.parametrize("changed, words", [({"n_layer": 1}, "n_layer 2, not 1"), ({"block_size": 128}, "block_size 256, not 128"),
-                                            ({"mask": "causal"}, "mask ism, not causal"), ({"muon": False}, "needs the flags of the run"),
-                                            ({"max_iters": 1}, "from step 2; --max_iters must be at least that")])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"n_layer": 1}, "n_layer 2, not 1"),
+        ({"block_size": 128}, "block_size 256, not 128"),
+        ({"mask": "causal"}, "mask ism, not causal"),
+        ({"muon": False}, "needs the flags of the run"),
+        ({"max_iters": 1}, "from step 2; --max_iters must be at least that"),
+    ],
+)
 def test_a_checkpoint_of_other_settings(tmp_path, changed, words):
     s = {**TINY, "n_dialogues": 40, "out_dir": str(tmp_path), "max_iters": 2}
     train(Settings(**s))
@@ -280,7 +373,10 @@ def test_a_checkpoint_of_another_vocabulary_or_version(tmp_path):
     train(Settings(**s))
     path = tmp_path / "ckpt.pt"
     state = load_checkpoint(path)
-    assert state["settings"]["n_layer"] == 2 and torch.load(path, weights_only=True)["torch"] == torch.__version__
+    assert (
+        state["settings"]["n_layer"] == 2
+        and torch.load(path, weights_only=True)["torch"] == torch.__version__
+    )
     save_checkpoint(path, **{**state, "tokenizer": "nanoism 00000000"})
     with pytest.raises(ValueError, match="tokenizer nanoism 00000000, not nanoism"):
         train(Settings(**s, resume=True))
@@ -290,7 +386,9 @@ def test_a_checkpoint_of_another_vocabulary_or_version(tmp_path):
         with whole_file(path) as file:
             torch.save({**state, **version}, file)
         for read in (load_chat, load_checkpoint):
-            with pytest.raises(ValueError, match=f"version {version['version']}; this code reads version 1"):
+            with pytest.raises(
+                ValueError, match=f"version {version['version']}; this code reads version 1"
+            ):
                 read(path)
 
 
@@ -298,9 +396,20 @@ def test_a_changed_bit_in_a_checkpoint_is_seen(tmp_path):
     train(Settings(**{**TINY, "n_dialogues": 40, "out_dir": str(tmp_path), "max_iters": 1}))
     path, rng = tmp_path / "ckpt.pt", random.Random(0)
     good = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:  # where the numbers stand, behind a header of 30 bytes, a name and a filling
-        places = [(e.header_offset + 30 + len(e.filename) + int.from_bytes(good[e.header_offset + 28 : e.header_offset + 30], "little"), e.file_size)
-                  for e in archive.infolist() if "/data/" in e.filename and e.file_size]
+    with zipfile.ZipFile(
+        path
+    ) as archive:  # where the numbers stand, behind a header of 30 bytes, a name and a filling
+        places = [
+            (
+                e.header_offset
+                + 30
+                + len(e.filename)
+                + int.from_bytes(good[e.header_offset + 28 : e.header_offset + 30], "little"),
+                e.file_size,
+            )
+            for e in archive.infolist()
+            if "/data/" in e.filename and e.file_size
+        ]
     for _ in range(20):
         start, size = rng.choice(places)
         at, bad = start + rng.randrange(size), bytearray(good)
@@ -311,8 +420,33 @@ def test_a_changed_bit_in_a_checkpoint_is_seen(tmp_path):
 
 
 # Text that tries to be more than text.
-PARTS = st.lists(st.one_of(st.sampled_from([*SPECIAL, "<|", "|>", "<|end", "\x1b[2J", "\x07", "\u202e", "\ud83d", "\x00", "é", "<|e", "nd|>"]),
-                           st.text(max_size=4)), min_size=1, max_size=6).map("".join).filter(bool)
+PARTS = (
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                [
+                    *SPECIAL,
+                    "<|",
+                    "|>",
+                    "<|end",
+                    "\x1b[2J",
+                    "\x07",
+                    "\u202e",
+                    "\ud83d",
+                    "\x00",
+                    "é",
+                    "<|e",
+                    "nd|>",
+                ]
+            ),
+            st.text(max_size=4),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+    .map("".join)
+    .filter(bool)
+)
 SPECIAL_IDS = {TOKENIZER.end, *TOKENIZER.headers.values()}
 
 
@@ -324,13 +458,20 @@ def special(tokens):
 @given(system=PARTS, query=PARTS, answer=PARTS)
 def test_no_entry_lets_a_special_token_in(system, query, answer):
     """System prompt, query, history, data: the special tokens are those of the layout, as many as there are messages."""
-    system_id, user_id, assistant_id, end = *(TOKENIZER.headers[role] for role in ("system", "user", "assistant")), TOKENIZER.end
+    system_id, user_id, assistant_id, end = (
+        *(TOKENIZER.headers[role] for role in ("system", "user", "assistant")),
+        TOKENIZER.end,
+    )
     turn = [user_id, end, assistant_id, end]
     chat = make_chat(block_size=1024, max_new_tokens=3, system=system)
     assert special(chat.system) == [system_id, end]
     chat.send(query)
     assert special(chat.layout()[0]) == [system_id, end, *turn]
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": query}, {"role": "assistant", "content": answer}]
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": query},
+        {"role": "assistant", "content": answer},
+    ]
     go_on(chat, messages)
     chat.send(query)
     assert special(chat.layout()[0]) == [system_id, end, *turn, *turn]
@@ -373,7 +514,9 @@ def test_characters_are_streamed_whole(text, seed):
         tokens = tokens[: rng.randrange(len(tokens)) + 1]  # cut off, maybe inside of a character
     chat = make_chat(block_size=256, temperature=0.0, max_new_tokens=100)
     forced = iter(tokens)
-    chat.feed = lambda *given, feed=chat.feed: feed(*given).index_fill_(0, torch.tensor([next(forced, TOKENIZER.end)]), 1e6)
+    chat.feed = lambda *given, feed=chat.feed: feed(*given).index_fill_(
+        0, torch.tensor([next(forced, TOKENIZER.end)]), 1e6
+    )
     pieces = list(chat.stream("go"))
     expected = raw[: len(tokens)].decode("utf-8", "replace")
     assert "".join(pieces) == expected == chat.messages[-1]["content"]
@@ -391,9 +534,35 @@ def trained(tmp_path_factory):
 
 def test_bad_input_at_the_terminal(trained):
     """Invalid UTF-8, control characters, 1 MB without a space, special tokens: each line is answered, in order, and nothing raw comes out."""
-    lines = [b"\xff\xfe\x80 hi", b"\x1b[2J\x07\x00", b"x" * 1_000_000, b"<|end|><|assistant|>", "é".encode()[:1], b"/save", b"/reset", b"ok", b"/quit"]
-    done = subprocess.run([sys.executable, "sample.py", "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu", "--max_new_tokens", "5",
-                           "--temperature", "2"], cwd=ROOT, input=b"\n".join(lines), capture_output=True, timeout=120)
+    lines = [
+        b"\xff\xfe\x80 hi",
+        b"\x1b[2J\x07\x00",
+        b"x" * 1_000_000,
+        b"<|end|><|assistant|>",
+        "é".encode()[:1],
+        b"/save",
+        b"/reset",
+        b"ok",
+        b"/quit",
+    ]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "sample.py",
+            "--ckpt",
+            str(trained / "ckpt.pt"),
+            "--device",
+            "cpu",
+            "--max_new_tokens",
+            "5",
+            "--temperature",
+            "2",
+        ],
+        cwd=ROOT,
+        input=b"\n".join(lines),
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     out = done.stdout.decode("utf-8")
     assert out.count("[the query is too long for the context of 256 tokens]") == 1
@@ -403,10 +572,26 @@ def test_bad_input_at_the_terminal(trained):
 def test_a_chat_that_runs_out_of_memory(trained, monkeypatch, capsys):
     """A tensor of 4 PB is asked for in place of the cache, then in place of an answer's logits."""
     too_much = lambda *_, **__: torch.empty(1 << 50)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(trained / "ckpt.pt"), "--device", "cpu", "--prompt", "Hello!", "--prompt", "Hi!"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sample.py",
+            "--ckpt",
+            str(trained / "ckpt.pt"),
+            "--device",
+            "cpu",
+            "--prompt",
+            "Hello!",
+            "--prompt",
+            "Hi!",
+        ],
+    )
     with monkeypatch.context() as patch:
         patch.setattr(sample, "Cache", too_much)
-        with pytest.raises(SystemExit, match="^sample.py: out of memory; [^\n]*--block_size[^\n]*$"):
+        with pytest.raises(
+            SystemExit, match="^sample.py: out of memory; [^\n]*--block_size[^\n]*$"
+        ):
             sample.main()
     monkeypatch.setattr(sample.Chat, "feed", too_much)
     sample.main()
@@ -426,7 +611,9 @@ def turns(chat, count):
     rng = random.Random(1)
     for _ in range(count):
         chat.temperature, chat.top_k = rng.choice((0.0, 1.0)), rng.choice((0, 5))
-        stream = chat.stream(" ".join(rng.choices(["Ann", "lives", "in", "Rome", "7"], k=rng.randint(0, 30))))
+        stream = chat.stream(
+            " ".join(rng.choices(["Ann", "lives", "in", "Rome", "7"], k=rng.randint(0, 30)))
+        )
         for _ in range(rng.choice((1, 2, 999))):
             if next(stream, None) is None:
                 break
@@ -439,7 +626,9 @@ def test_five_hundred_turns(mask):
     """Nothing drifts and memory does not grow: one conversation that overflows its context again and again."""
     told = []
     chat = make_chat(mask, 128, system="Be kind.", notify=told.append)
-    count = lambda: sum(x.numel() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter))
+    count = lambda: sum(
+        x.numel() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)
+    )
     held, resident = [], []
     for number, _ in enumerate(turns(chat, 500), 1):
         if number % 20 == 0:
@@ -447,7 +636,10 @@ def test_five_hundred_turns(mask):
         if number % 100 == 0:
             gc.collect()
             held.append(count())
-            resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 << 20 if sys.platform == "darwin" else 1 << 10))
+            resident.append(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+            )
     assert len(chat.messages) == 1001 and len(told) > 20
     assert max(held) - min(held) <= 2 * chat.size  # the f of one turn and of another
     assert resident[-1] - resident[0] < 20  # MB
@@ -481,7 +673,14 @@ def same_seed(tmp_path, threads, hash_seeds, **settings):
     for n in threads:
         for hash_seed in hash_seeds:
             out = tmp_path / f"{n}.{hash_seed}"
-            done = run("-c", SAME, str(out), str(n), json.dumps(settings), env={**os.environ, "PYTHONHASHSEED": str(hash_seed)})
+            done = run(
+                "-c",
+                SAME,
+                str(out),
+                str(n),
+                json.dumps(settings),
+                env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
+            )
             assert done.returncode == 0, done.stderr
             results[n, hash_seed] = json.loads(done.stdout.splitlines()[-1])
     return results

@@ -1,4 +1,5 @@
 """demos/speed.py: it runs, and its figures are of the right kind. What they are is no matter of a test."""
+
 import json
 
 import pytest
@@ -6,7 +7,16 @@ from test_chat import run
 
 
 def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
-    done = run("demos/speed.py", "--quick", "--device", "cpu", "--json", str(tmp_path / "speed.json"), "--out", str(tmp_path / "new" / "speed.png"))
+    done = run(
+        "demos/speed.py",
+        "--quick",
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "speed.json"),
+        "--out",
+        str(tmp_path / "new" / "speed.png"),
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "speed.json").read_text())
@@ -16,13 +26,27 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
         low, high = found["quartiles"]
         assert 0 < low <= high and found["seconds"] > 0
     turns = figures["first token by turn"]
-    assert len({len(seconds) for seconds in turns.values()}) == 1 and all(s > 0 for seconds in turns.values() for s in seconds)
+    assert len({len(seconds) for seconds in turns.values()}) == 1 and all(
+        s > 0 for seconds in turns.values() for s in seconds
+    )
     for name in figures:
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("flags, words", [(("--device", "tpu"), "tpu"), (("--nanogpt", "nowhere"), "nowhere"), (("--out", "/dev/null/x.png", "--quick"), "cannot write /dev/null"),
-                                          (("--json", "/dev/null/x.json"), "cannot write /dev/null")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--device", "tpu"), "tpu"),
+        (("--nanogpt", "nowhere"), "nowhere"),
+        (("--out", "/dev/null/x.png", "--quick"), "cannot write /dev/null"),
+        (("--json", "/dev/null/x.json"), "cannot write /dev/null"),
+    ],
+)
 def test_errors_are_one_line(flags, words):
     done = run("demos/speed.py", *flags)  # at once, not after the measurements
-    assert done.returncode != 0 and not done.stdout and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (
+        done.returncode != 0
+        and not done.stdout
+        and words in done.stderr.splitlines()[-1]
+        and "Traceback" not in done.stderr
+    )

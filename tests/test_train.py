@@ -1,4 +1,5 @@
 """Training: end to end, to the bit, and resumed."""
+
 import copy
 import json
 import random
@@ -18,7 +19,17 @@ from mask import MASKS
 from model import GPT, GPTConfig
 from train import POLYNOMIALS, Settings, equalize, make_optimizer, rate_at, train
 
-TINY = dict(n_dialogues=300, n_layer=2, n_head=2, n_embd=32, batch_size=2, block_size=256, eval_interval=10, dtype="float32", device="cpu")
+TINY = dict(
+    n_dialogues=300,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    batch_size=2,
+    block_size=256,
+    eval_interval=10,
+    dtype="float32",
+    device="cpu",
+)
 
 
 def test_learning_rate():
@@ -32,7 +43,9 @@ def test_learning_rate():
 def test_singular_values_are_moved_to_about_one(shape):
     """Against the polynomial of the singular values themselves, in float64."""
     for seed in range(20):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 7 - 3)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (
+            seed % 7 - 3
+        )
         u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
         values = values / values.square().sum(1, keepdim=True).sqrt()
         for a, b, c in POLYNOMIALS:
@@ -45,12 +58,25 @@ def test_singular_values_are_moved_to_about_one(shape):
 
 def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(50, 16, n_layer=2, n_embd=16, n_hidden=24, token_shift=True, qk_norm=True))
+    model = GPT(
+        GPTConfig(50, 16, n_layer=2, n_embd=16, n_hidden=24, token_shift=True, qk_norm=True)
+    )
     twin = copy.deepcopy(model)
     s = Settings(learning_rate=0.02, weight_decay=0.3)
-    optimizer, plain = make_optimizer(model, s), torch.optim.AdamW(twin.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    matrices = {name for name, p in model.named_parameters() if name.split(".")[-2] in ("qkv", "out", "up", "down")}
-    assert {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]} == {id(p) for name, p in model.named_parameters() if name in matrices}
+    optimizer, plain = (
+        make_optimizer(model, s),
+        torch.optim.AdamW(
+            twin.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
+    )
+    matrices = {
+        name
+        for name, p in model.named_parameters()
+        if name.split(".")[-2] in ("qkv", "out", "up", "down")
+    }
+    assert {
+        id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]
+    } == {id(p) for name, p in model.named_parameters() if name in matrices}
     momentum = {}
     for _ in range(4):
         before = {name: p.clone() for name, p in model.named_parameters()}
@@ -68,13 +94,18 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
             push = equalize((0.05 * grads[name] + 0.95 * momentum[name])[None])[0]
             expected = before[name] * (1 - 0.02 * 0.3) - 0.02 * 0.1 * max(p.shape) ** 0.5 * push
             assert (p - expected).norm() < 0.01 * (expected - before[name]).norm()
-    assert not any(group["muon"] for s in (Settings(muon=False), Settings(init_from="x")) for group in make_optimizer(model, s).param_groups)
+    assert not any(
+        group["muon"]
+        for s in (Settings(muon=False), Settings(init_from="x"))
+        for group in make_optimizer(model, s).param_groups
+    )
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
     s = dict(TINY, mask=name, max_iters=24)
     whole = train(Settings(**s, out_dir=str(tmp_path / "whole")))
+
     # The same run, stopped: its settings are those of 24 steps, its state that of step 20.
     class Stopped(Exception):
         pass
@@ -99,7 +130,16 @@ def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
     assert all(torch.equal(a[key], b[key]) for key in a)
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert set(metrics["accuracy"]) and all(0 <= x <= 1 for x in metrics["accuracy"].values())
-    assert {"accuracy", "accuracy_by_turn", "accuracy_by_kind", "accuracy_new_words", "loss", "seconds", "settings", "parameters"} == set(metrics)
+    assert {
+        "accuracy",
+        "accuracy_by_turn",
+        "accuracy_by_kind",
+        "accuracy_new_words",
+        "loss",
+        "seconds",
+        "settings",
+        "parameters",
+    } == set(metrics)
 
 
 def test_resume_with_another_config_is_told(tmp_path):
@@ -111,7 +151,14 @@ def test_resume_with_another_config_is_told(tmp_path):
 def test_checkpoints_are_whole_or_not_at_all(tmp_path):
     path = tmp_path / "ckpt.pt"
     config = GPTConfig(n_layer=1, n_embd=16, vocab_size=300)
-    state = dict(config=asdict(config), settings=asdict(Settings()), tokenizer="", model=GPT(config).state_dict(), optimizer={}, step=1)
+    state = dict(
+        config=asdict(config),
+        settings=asdict(Settings()),
+        tokenizer="",
+        model=GPT(config).state_dict(),
+        optimizer={},
+        step=1,
+    )
     save_checkpoint(path, **state)
     with pytest.raises(Exception):
         save_checkpoint(path, **{**state, "step": lambda: 0})
@@ -123,6 +170,7 @@ def test_checkpoints_are_whole_or_not_at_all(tmp_path):
 
 def test_a_mask_of_ones_own_trains_and_chats(tmp_path, monkeypatch):
     """A mask is one function: here an ISM with a limited look-ahead."""
+
     def near(segments):
         return torch.minimum(MASKS["ism"](segments), MASKS["causal"](segments) + 3)
 
@@ -132,7 +180,9 @@ def test_a_mask_of_ones_own_trains_and_chats(tmp_path, monkeypatch):
     from sample import load_chat
 
     for dtype in ("auto", "int8"):
-        assert isinstance(load_chat(tmp_path / "ckpt.pt", "cpu", dtype, max_new_tokens=5).send("Hello!"), str)
+        assert isinstance(
+            load_chat(tmp_path / "ckpt.pt", "cpu", dtype, max_new_tokens=5).send("Hello!"), str
+        )
 
 
 def test_own_chats_train(tmp_path, monkeypatch):
@@ -141,20 +191,29 @@ def test_own_chats_train(tmp_path, monkeypatch):
     monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(chat(n) for n in range(10)), encoding="utf-8")
-    metrics = train(Settings(**{**TINY, "data": str(path)}, max_iters=5, out_dir=str(tmp_path / "out")))
+    metrics = train(
+        Settings(**{**TINY, "data": str(path)}, max_iters=5, out_dir=str(tmp_path / "out"))
+    )
     assert list(metrics["accuracy"]) == ["chats"] and "accuracy_new_words" not in metrics
 
 
 def test_some_families_alone(tmp_path, capsys):
-    metrics = train(Settings(**TINY, families="follow-up,reasoning", max_iters=2, out_dir=str(tmp_path)))
+    metrics = train(
+        Settings(**TINY, families="follow-up,reasoning", max_iters=2, out_dir=str(tmp_path))
+    )
     assert set(metrics["accuracy"]) == {"follow-up", "reasoning", "mixed", "the four patterns"}
     metrics = train(Settings(**TINY, families="follow-up", max_iters=2, out_dir=str(tmp_path)))
-    assert set(metrics["accuracy"]) == {"follow-up", "the four patterns"} and metrics["accuracy_new_words"] == {}
+    assert (
+        set(metrics["accuracy"]) == {"follow-up", "the four patterns"}
+        and metrics["accuracy_new_words"] == {}
+    )
     report(metrics)
     assert "never trained on" not in capsys.readouterr().out
     done = run("train.py", "--families", "recolection,follow-up")
-    assert done.returncode == 1 and done.stderr == ("train.py: --families has no 'recolection'; there are recollection, expansion, "
-                                                    "refinement, follow-up, reasoning, induction, small talk, with a comma between them\n")
+    assert done.returncode == 1 and done.stderr == (
+        "train.py: --families has no 'recolection'; there are recollection, expansion, "
+        "refinement, follow-up, reasoning, induction, small talk, with a comma between them\n"
+    )
 
 
 def test_dtype_auto_is_one_of_the_two():
@@ -165,9 +224,15 @@ def introduction(i):
     """A short dialogue of facts and questions, a list of (query, answer)."""
     rng = random.Random(i)
     name, city = rng.choice(NAMES), rng.choice(CITIES)
-    questions = [("What is my name?", f"Your name is {name}."), ("Where do I live?", f"You live in {city}.")]
+    questions = [
+        ("What is my name?", f"Your name is {name}."),
+        ("Where do I live?", f"You live in {city}."),
+    ]
     rng.shuffle(questions)
-    return [(f"My name is {name} and I live in {city}.", f"Noted. Your name is {name}."), *questions]
+    return [
+        (f"My name is {name} and I live in {city}.", f"Noted. Your name is {name}."),
+        *questions,
+    ]
 
 
 def test_end_to_end(tmp_path):
@@ -176,10 +241,33 @@ def test_end_to_end(tmp_path):
     path = tmp_path / "chats.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for turns in trained:
-            messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+            messages = [
+                {"role": role, "content": text}
+                for turn in turns
+                for role, text in zip(("user", "assistant"), turn)
+            ]
             file.write(json.dumps({"messages": messages}) + "\n")
-    done = run("train.py", "--data", str(path), "--out_dir", str(tmp_path), "--max_iters", "400", "--n_layer", "2", "--n_embd", "64",
-               "--n_head", "4", "--block_size", "128", "--eval_interval", "1000", "--device", "cpu")
+    done = run(
+        "train.py",
+        "--data",
+        str(path),
+        "--out_dir",
+        str(tmp_path),
+        "--max_iters",
+        "400",
+        "--n_layer",
+        "2",
+        "--n_embd",
+        "64",
+        "--n_head",
+        "4",
+        "--block_size",
+        "128",
+        "--eval_interval",
+        "1000",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"]["chats"] > 0.8
     new = [turns for turns in map(introduction, range(4000, 4020)) if turns not in trained][:4]

@@ -1,4 +1,5 @@
 """The demo on unseen names and questions: its counts against the chat's own answers."""
+
 import sys
 
 import pytest
@@ -41,12 +42,16 @@ def test_new_names_are_counted_by_family(chat):
         if len(tokens) <= 256:
             said = [m["content"] for m in dialogue["messages"] if m["role"] == "assistant"]
             needed += sum(any(word in text for word in FINAL_NAMES + FINAL_CITIES) for text in said)
-    assert sum(asked for family, (asked, _) in counts.items() if family != "the four patterns") >= needed > 30
+    assert (
+        sum(asked for family, (asked, _) in counts.items() if family != "the four patterns")
+        >= needed
+        > 30
+    )
     assert all(0 <= right <= asked for asked, right in counts.values())
 
 
 def test_answers_that_do_not_end_are_told(chat):
-    (question, answer, ended), = answers(chat, ["Who are you?"])
+    ((question, answer, ended),) = answers(chat, ["Who are you?"])
     assert question == "Who are you?" and answer == chat.messages[-1]["content"]
     assert ended == (len(chat.turns[0][1]) <= 40)
 
