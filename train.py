@@ -50,7 +50,7 @@ class Settings:
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
     learning_rate: float = setting(None, "peak (default: 0.01, with --init_from 2e-5)")
     warmup_iters: int = setting(50, "steps of linear warm-up")
-    decay: float = setting(0.4, "last fraction of the steps, in which the rate falls to 0; at most 1")
+    decay: float = setting(0.4, "last fraction of the steps, in which the rate falls to 0")
     muon: bool = setting(True, "Muon for the matrices in the blocks of a new model, else AdamW")
     weight_decay: float = setting(0.05, "of the matrices in the blocks")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any")
@@ -177,6 +177,8 @@ from data.tokenizer import Tokenizer
 from mask import annealed, check
 from model import GPT, GPTConfig, recompute_blocks
 
+FIRST_SAVE = 30  # seconds of training, after which there is a model to chat with
+
 
 @dataclass
 class Run:
@@ -197,6 +199,7 @@ class Run:
     since: float = field(default_factory=time.time)  # the first step
     seen: int = 0  # tokens since then
     right: float = None  # the share of held-out answers, when last looked at
+    told: bool = False  # that there is a checkpoint to chat with
 
 
 def begin(s, model=None, splits=None, watch=None):
@@ -371,6 +374,10 @@ def announce(run):
 def tell(run, loss):
     """Move the bar, and tell the loss and the speed now and then."""
     run.bar.update()
+    if RANK == 0 and run.out and not run.told and time.time() - run.since > FIRST_SAVE:
+        run.told = True
+        save(run)
+        run.bar.write(f"chat with it so far, in another terminal: {chat_command(run.s)}")
     if run.step % 20 > 0 and run.step < run.s.max_iters:
         return
     if WORLD > 1:
@@ -381,6 +388,12 @@ def tell(run, loss):
     if run.right is not None:
         told += f", held-out right {run.right:.1%}"
     run.bar.set_postfix_str(told)
+
+
+def chat_command(s):
+    """The command that chats with what a run has saved."""
+    path = shlex.quote(f"{s.out_dir}/ckpt.pt")
+    return "python sample.py" + ("" if s.out_dir == "out" else f" --ckpt {path}")
 
 
 def save(run):
@@ -476,9 +489,9 @@ class Muon(torch.optim.AdamW):
             p.mul_(1 - rate * weight_decay).sub_(push, alpha=size)
 
 
-# Polynomials a s + b s^3 + c s^5 of a singular value s, each the best one for what those before it
-# leave (Amsel et al., 2025, arXiv:2505.16932). Three of them left the loss after 300 steps at 0.344,
-# five steps of Jordan's one polynomial at 0.374.
+# Polynomials a s + b s^3 + c s^5 of a singular value s, each the best one for what those before
+# it leave (Amsel et al., 2025, arXiv:2505.16932). Three of them left the loss after 300 steps at
+# 0.344, five steps of Jordan's one polynomial at 0.374.
 POLYNOMIALS = (
     (8.2051604, -22.9019350, 16.4607249),
     (4.0663952, -2.8611541, 0.5183995),
@@ -526,9 +539,7 @@ def main():
         metrics = train(s)
     if RANK == 0:
         report(metrics)
-        path = shlex.quote(f"{s.out_dir}/ckpt.pt")
-        where = "" if s.out_dir == "out" else f" --ckpt {path}"
-        print(f"\nchat with it: python sample.py{where}")
+        print(f"\nchat with it: {chat_command(s)}")
 
 
 if __name__ == "__main__":
