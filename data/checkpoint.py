@@ -196,7 +196,7 @@ def check_sizes(config):
 
 
 def load_state(path, config, identity, settings):
-    """The checkpoint to go on from. ValueError if its model, tokenizer, mask, ... is another one."""
+    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is another one."""
     state = load_checkpoint(path)
     had = asdict(GPTConfig(**state["config"]))
     had |= {"tokenizer": state["tokenizer"]}

@@ -21,8 +21,20 @@ import time
 import zlib
 
 from data import machine, talk
-from data.words import (COLORS, FOODS, JOBS, LETTERS, PETS, RELATIVES, ROOMS, THINGS, TYPED_WRONG,
-                        Random, Words, misspelled)
+from data.words import (
+    COLORS,
+    FOODS,
+    JOBS,
+    LETTERS,
+    PETS,
+    RELATIVES,
+    ROOMS,
+    THINGS,
+    TYPED_WRONG,
+    Random,
+    Words,
+    misspelled,
+)
 
 
 def listed(items):
@@ -315,7 +327,7 @@ def follow_up(rng, words, n_turns=None):
     value = rng.randint(2, 40)
     start = rng.choice(("Start with {}. ", "Take the number {}. ", "I have {} coins. "))
     start = start.format(value)
-    for turn in range(n_turns or rng.randint(3, 8)):
+    for _ in range(n_turns or rng.randint(3, 8)):
         way = rng.choice(sums(value))
         if way == "new":
             ask, answer, value = new_sum(rng)
@@ -475,8 +487,8 @@ def split_of(messages):
 def deal(sizes, seed=0, families=tuple(FAMILIES), mixed=False):
     """Yield (split, dialogue) until each split has its size, {split: n}.
 
-    All dialogues to train, tune and test on are dealt from one stream, so that hardly one is made in
-    vain. Those of new_words and final_words have names and cities of their own.
+    All dialogues to train, tune and test on are dealt from one stream, so that hardly one is made
+    in vain. Those of new_words and final_words have names and cities of their own.
     """
     left = dict(sizes)
     own = [split for split in left if split.endswith("_words")]

@@ -29,8 +29,8 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
             families=tuple(dialogues.FAMILIES)):
     """Write the splits to data/cache, unless they are there already, and return their folder.
 
-    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families,
-    mixed as data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families, mixed
+    as data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
     fits; those without one are left out. ValueError for a bad file, or if too few are left.
     """
     encoder = tokenizer.identity + tokenizer.default_system

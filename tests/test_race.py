@@ -35,7 +35,7 @@ def test_each_game_has_one_answer_which_its_queries_tell():
 
 @pytest.mark.parametrize("task", r.TASKS)
 def test_games_are_those_of_the_task(task):
-    """As rows of tokens and segments: each answer one token behind its query; given twice if wanted."""
+    """As rows of tokens and segments: an answer is one token, and its query may be given twice."""
     for twice in (False, True):
         games = r.Games(task, 20, "x", twice)
         rng = random.Random(f"{task} x")
@@ -72,11 +72,9 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
     names = ["causal", "ism", "causal, given twice"]
     assert [x["runner"] for x in figures["records"]] == names
     for record in figures["records"]:
-        assert (
-            set(record["curves"]) == {"1 step", "2 steps", "3 steps"}
-            and len(record["guesses"]) == 8
-        )
-        for kind, curve in record["curves"].items():
+        assert set(record["curves"]) == {"1 step", "2 steps", "3 steps"}
+        assert len(record["guesses"]) == 8
+        for curve in record["curves"].values():
             assert len(curve) == 2 and all(0 <= share <= 1 for share in curve)
             assert f"{100 * curve[-1]:.1f}" in said
     game = said[said.index("One game") : said.index("Why.")]
@@ -90,12 +88,8 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
 
 def test_the_other_game(tmp_path):
     figures, said = race_with(tmp_path, "--task", "missing", "--seeds", "2", "--seed", "5")
-    assert [(x["runner"], x["seed"]) for x in figures["records"]] == [
-        ("causal", 5),
-        ("ism", 5),
-        ("causal", 6),
-        ("ism", 6),
-    ]
+    runners = [(x["runner"], x["seed"]) for x in figures["records"]]
+    assert runners == [("causal", 5), ("ism", 5), ("causal", 6), ("ism", 6)]
     assert set(figures["records"][0]["curves"]) == {"all"} and said.count("what is missing?") == 4
 
 
