@@ -42,7 +42,9 @@ def whole_file(path):
 def write_json(path, content):
     """Write a dict or a list as JSON, whole or not at all."""
     with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        # Half of a pair of surrogates, which UTF-8 has not, becomes what JSON writes for it.
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def make_folder(path):
