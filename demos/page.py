@@ -3,6 +3,7 @@ A page to look at: one HTML file, which needs no network.
 
     python demos/page.py                        what each mask does
     python demos/page.py --ckpt out/ckpt.pt     and what a trained model does under it
+    python demos/page.py --race out/race.json   and the race that demos/race.py --json ran
 
 Pick a dialogue or type one. Point at a token and see what each mask lets it see, what a chat keeps
 in its cache from turn to turn and, with a checkpoint, where a model looks and what it would say.
@@ -41,6 +42,7 @@ class Settings:
     """Each field is a flag of the command line."""
 
     ckpt: str = setting("", "a checkpoint of train.py, out/ckpt.pt say, to see what its model does")
+    race: str = setting("", "figures that demos/race.py --json wrote, to see the race")
     out: str = setting("out/page.html", "where the page goes")
 
 
@@ -124,10 +126,26 @@ def describe(name, messages, tokenizer, model=None):
     return {"name": name, "tokens": pieces, "segments": segments, "turns": turns}
 
 
-def page(dialogues, tokenizer, model=None, trained=""):
+def read_race(path):
+    """What the page shows of the figures of demos/race.py. ValueError if the file has others."""
+    try:
+        figures = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {
+            "task": figures["race"]["task"],
+            "every": figures["race"]["every"],
+            "records": [
+                {name: record[name] for name in ("runner", "seed", "curves", "reading")}
+                for record in figures["records"]
+            ],
+        }
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not what demos/race.py --json writes") from None
+
+
+def page(dialogues, tokenizer, model=None, trained="", race=None):
     """The page as text. dialogues: name -> messages that end with an answer.
 
-    trained: the name of the mask under which the model was trained.
+    trained: the name of the mask under which the model was trained. race: see read_race.
     """
     data = {
         "dialogues": [
@@ -135,6 +153,7 @@ def page(dialogues, tokenizer, model=None, trained=""):
         ],
         "masks": list(MASKS),
         "model": None,
+        "race": race,
     }
     if model is not None:
         layers, heads = model.config.n_layer, model.config.n_head
@@ -147,15 +166,16 @@ def page(dialogues, tokenizer, model=None, trained=""):
 def main():
     with machine.errors_in_one_line("a smaller model takes less"):
         s = machine.parse(Settings, "Write a page that shows what each mask does.")
+        race = read_race(s.race) if s.race else None
         out = Path(s.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         if s.ckpt:
             chat = load_chat(s.ckpt, "cpu", "float32")
             trained = next(name for name, mask in MASKS.items() if mask is chat.mask)
-            text = page(examples(chat.tokenizer), chat.tokenizer, chat.model, trained)
+            text = page(examples(chat.tokenizer), chat.tokenizer, chat.model, trained, race)
         else:
             tokenizer = Tokenizer()
-            text = page(examples(tokenizer), tokenizer)
+            text = page(examples(tokenizer), tokenizer, race=race)
         out.write_text(text, encoding="utf-8")
     more = "" if s.ckpt else " (--ckpt out/ckpt.pt adds a model)"
     print(f"{out}: {len(text) // 1000:,} kB; open it in a browser{more}")

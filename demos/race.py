@@ -5,6 +5,7 @@ See it win: the same small GPT learns a game under causal and under ISM, side by
     python demos/race.py --seeds 3                  three races, one after the other
     python demos/race.py --masks causal,ism,yours   other masks, your own in mask.py among them
     python demos/race.py --task missing             another game
+    python demos/race.py --json out/race.json       for the page: demos/page.py --race
 
 Both models start from the same weights and see the same games, as many of them. The games are of
 symbols, since a sentence tells less a token. Two of them:
@@ -36,6 +37,7 @@ from data.checkpoint import write_json
 from data.loader import Split
 from data.machine import setting
 from demos.output import check_writable, color, picture, plt, table
+from demos.page import look
 from mask import MASKS
 from model import GPT
 from train import Settings, evaluate, model_config, train
@@ -165,6 +167,7 @@ def run_one(race, name, seed, tell):
     return {
         "runner": name, "seed": seed, "seconds": time.perf_counter() - start, "curves": curves,
         "guesses": guesses(model, held_out, MASKS[mask]),
+        "reading": reading(model, held_out, MASKS[mask]),
     }
 
 
@@ -175,6 +178,38 @@ def guesses(model, games, mask):
     logits = model.eval()(tokens, mask(segments))  # (1, T, V)
     asked = (segments[0] % 2 == 0).nonzero()[:, 0] - 1  # the positions that foretell an answer
     return [SPELLED[token] for token in logits[0, asked].argmax(-1).tolist()]
+
+
+@torch.no_grad()
+def reading(model, games, mask):
+    """How a model reads the first game's first query, of n tokens, as demos/page.py draws it.
+
+    tokens: their spelling. looks: in each layer, for each token, which other one it looks at most,
+    and the weight in the head where that is largest. goals: for each token its place in `goal`.
+    """
+    tokens, segments = games.collate(games.rows(mask)[:1])  # (1, T) each
+    n = int((segments == 1).sum())
+    tokens, f = tokens[:, :n], mask(segments)[:, :n].clamp(max=n)  # (1, n) each
+    weights, _ = look(model.eval(), tokens, f)  # (L, H, n, n)
+    weights = weights.amax(1)  # (L, n, n)
+    weights.diagonal(dim1=1, dim2=2).zero_()  # a token that looks at itself finds nothing
+    most, places = weights.max(-1)  # (L, n) each
+    query = tokens[0].tolist()
+    return {
+        "tokens": [SPELLED[token] for token in query],
+        "looks": [[*zip(*layer)] for layer in zip(places.tolist(), most.tolist())],
+        "goals": [goal(query, j) for j in range(n)],
+    }
+
+
+def goal(query, j):
+    """Where token j of a query has to look: y of a link x>y at the z of y>z, else None."""
+    if j < 2 or query[j - 2] != LINK:
+        return None
+    for i in range(0, len(query) - 2, 3):
+        if query[i : i + 2] == [LINK, query[j]]:
+            return i + 2
+    return None
 
 
 # --- a race: a process for each runner ----------------------------------------------------------

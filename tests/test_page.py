@@ -290,6 +290,53 @@ const checkTyped = () => {
   }
 };
 
+const checkRace = () => {
+  const { every, records } = EXPECTED.race;
+  const kinds = Object.keys(records[0].curves), panels = all("#curves svg");
+  same(panels.length, kinds.length, "a panel for each kind");
+  const wanted = [];
+  kinds.forEach((kind, k) => {
+    const curves = [...panels[k].querySelectorAll(".curve")];
+    same(curves.length, records.length, "a curve for each record");
+    curves.forEach((path, i) => {
+      const heights = path.getAttribute("d").match(/[\d.]+/g).filter((_, at) => at % 2 === 1);
+      const shares = heights.map(y => ((158 - y) / 150).toFixed(3));
+      same(shares, records[i].curves[kind].map(p => p.toFixed(3)), `curve ${i} of ${kind}`);
+    });
+  });
+  const rows = records[0].curves[kinds[0]].map((_, i) => {
+    const cells = records.flatMap(({ curves }) => kinds.map(kind => curves[kind][i]));
+    return [String(every * (i + 1)), ...cells.map(p => (100 * p).toFixed(1))];
+  });
+  const table = all("#curves-table tr").map(row => [...row.children].map(x => x.textContent));
+  same(table.slice(1), rows, "the table of the curves");
+  const first = records.filter(({ seed }) => seed === records[0].seed);
+  const layers = first.flatMap(({ reading }) =>
+    reading.looks.map(looks => ({ looks, goals: reading.goals })));
+  const lines = all("#readings-table tr");
+  same(lines.length, layers[0].looks.length + 1, "rows of the table of the lines");
+  all("#readings figure").forEach((figure, i) => {
+    const { looks, goals } = layers[i];
+    const arcs = [...figure.querySelectorAll(".arc")];
+    const drawn = looks.map(([to, weight], j) => [to, weight, j]).filter(look => look[1] > 0);
+    same(arcs.map(arc => arc.style.stroke),
+      drawn.map(([to, , j]) => to < j ? "var(--past)" : "var(--future)"), `colors, layer ${i}`);
+    same(arcs.map(arc => arc.classList.contains("found")),
+      drawn.map(([to, , j]) => to === goals[j]), `found, layer ${i}`);
+    const count = (ahead, hit) => goals.filter((goal, j) =>
+      goal !== null && (goal > j) === ahead && (!hit || looks[j][0] === goal)).length;
+    same(figure.querySelector("figcaption").textContent.match(/\d+/g).map(Number),
+      [count(false), count(false, true), count(true), count(true, true)], `counts, layer ${i}`);
+    lines.slice(1).forEach((line, j) => {
+      const [to, weight] = looks[j];
+      const cell = line.children[i + 1].textContent;
+      same(parseInt(cell), weight > 0 ? to + 1 : NaN, `table of the lines, layer ${i}, row ${j}`);
+    });
+  });
+  same(all("#readings figure").length, layers.length, "a picture for each layer");
+  same(byId("goal-says").hidden, false, "what is thick is told");
+};
+
 addEventListener("load", () => {
   const own = byId("checked").textContent.startsWith("Checked when it opened: ");
   same(own, true, "the page's own check");
@@ -300,6 +347,8 @@ addEventListener("load", () => {
   if (EXPECTED.model) checkModel();
   const hidden = all(".with-model").every(element => element.hidden);
   same(hidden, !EXPECTED.model, "the model's part is hidden");
+  same(byId("race").hidden, !EXPECTED.race, "the race's part is hidden");
+  if (EXPECTED.race) checkRace();
   checkTyped();
   const fits = document.documentElement.scrollWidth <= innerWidth;
   same(fits, true, `nothing is wider than ${innerWidth} pixels`);
@@ -388,18 +437,42 @@ def expected_of_typed():
     return {"lines": TYPED, "tokens": tokens, "ism": naive("ism", segments)}
 
 
-def write_checked(path, dialogues, model=None):
+def random_race():
+    """The figures of a race with random numbers: three runners and two seeds."""
+    rng = random.Random(4)
+
+    def looks(n):
+        return [[rng.choice([i for i in range(n) if i != j]), rng.random()] for j in range(n)]
+
+    records = []
+    for seed in (7, 8):
+        for runner in ("causal", "ism", "a <b>"):
+            layers = [[[0, 0.0], *looks(12)[1:]] for _ in range(3)]
+            goals = [None if rng.random() < 0.3 else layers[0][j][0] for j in range(12)]
+            goals[0] = None
+            goals[5] = 0 if goals[5] else 7  # one that is missed
+            records.append({
+                "runner": runner, "seed": seed, "seconds": 1.0, "guesses": [],
+                "curves": {kind: [rng.random() for _ in range(5)] for kind in ("easy", "a <b>")},
+                "reading": {"tokens": ["", "<", "2 after", *"ABCDEFGHI"], "looks": layers,
+                            "goals": goals},
+            })
+    return {"race": {"task": "links", "every": 20, "steps": 100}, "records": records}
+
+
+def write_checked(path, dialogues, model=None, race=None):
     """Write a page with the check in it."""
     expected = {
         "dialogues": [expected_turns(messages) for messages in dialogues.values()],
         "reusable": random_reuse(300),
         "typed": expected_of_typed(),
         "model": expected_of_model(model) if model else None,
+        "race": race,
     }
     values = json.dumps(expected).replace("<", "\\u003c")
     place = '<script id="data"'
     check = f"<script>const EXPECTED = {values};\n{CHECK}</script>\n{place}"
-    text = page.page(dialogues, TOKENIZER, model, "ism" if model else "")
+    text = page.page(dialogues, TOKENIZER, model, "ism" if model else "", race)
     path.write_text(text.replace(place, check, 1), encoding="utf-8")
 
 
@@ -422,21 +495,24 @@ def what_the_pages_say(folder, scheme):
 def test_in_a_browser(tmp_path, dialogues, monkeypatch):
     """Hovers, keys, clicks and typing against loops, with a model and without.
 
-    At a phone's width and a desk's, light and dark.
+    And the race's part. At a phone's width and a desk's, light and dark.
     """
     monkeypatch.setitem(MASKS, "near", near)
     write_checked(tmp_path / "masks.html", dialogues)  # with a mask of a user's own
     monkeypatch.undo()
     write_checked(tmp_path / "model.html", {"Anna": page.ANNA}, tiny())
+    figures = tmp_path / "race.json"
+    figures.write_text(json.dumps(random_race()), encoding="utf-8")
+    write_checked(tmp_path / "race.html", {"Anna": page.ANNA}, race=page.read_race(figures))
     frames = [
         f'<iframe src="{name}.html" style="width:{width}px;height:2000px"></iframe>'
-        for name in ("masks", "model") for width in (390, 1100)
+        for name in ("masks", "model", "race") for width in (390, 1100)
     ]
     (tmp_path / "frames.html").write_text(FRAMES + "\n".join(frames), encoding="utf-8")
     for scheme in ("dark", "light"):
         lines = what_the_pages_say(tmp_path, scheme)
         good = rf"no error in \d{{3,}} checks at (390|1100) pixels, {scheme}"
-        assert len(lines) == 4 and all(re.fullmatch(good, line) for line in lines), lines
+        assert len(lines) == 6 and all(re.fullmatch(good, line) for line in lines), lines
 
 
 def run(*arguments):
@@ -448,6 +524,9 @@ def run(*arguments):
 @pytest.mark.parametrize("arguments, words", [
     (("--ckpt", "no-such.pt"), "python train.py"),
     (("--ckpt", "README.md"), "not a checkpoint"),
+    (("--race", "no-such.json"), "No such file"),
+    (("--race", "README.md"), "not what demos/race.py --json writes"),
+    (("--race", "demos/quality.json"), "not what demos/race.py --json writes"),
     (("--out", "/dev/null/x/page.html"), "Not a directory"),
     (("--nonsense",), "unrecognized"),
 ])

@@ -10,7 +10,10 @@ import torch
 from conftest import ROOT
 from test_chat import run
 
+from demos.page import look, read_race
 from mask import MASKS
+from model import GPT
+from train import Settings, model_config
 
 sys.path.insert(0, str(ROOT / "demos"))
 import race as r
@@ -35,7 +38,7 @@ def test_each_game_has_one_answer_which_its_queries_tell():
 
 @pytest.mark.parametrize("task", r.TASKS)
 def test_games_are_those_of_the_task(task):
-    """As rows of tokens and segments: an answer is one token, and its query may be given twice."""
+    """As rows: each answer is one token behind its query, which is given twice if wanted."""
     for twice in (False, True):
         games = r.Games(task, 20, "x", twice)
         rng = random.Random(f"{task} x")
@@ -59,12 +62,43 @@ def test_both_start_alike_and_see_the_same_games():
     assert r.run_one(race, "ism", 4, lambda *_: None)["guesses"] != ism["guesses"]
 
 
+@pytest.mark.parametrize("mask", ["causal", "ism"])
+@torch.no_grad()
+def test_where_tokens_look_and_should_look(mask):
+    """The largest weight over heads and other tokens, by loops; the goals, by the links."""
+    torch.manual_seed(0)
+    model = GPT(model_config(Settings(), r.VOCABULARY))
+    for task in r.TASKS:
+        games = r.Games(task, 1, "x")
+        query, _ = next(r.TASKS[task](random.Random(f"{task} x")))
+        read = r.reading(model, games, MASKS[mask])
+        assert read["tokens"] == [r.SPELLED[token] for token in query]
+        n = len(query)
+        segments = torch.ones(1, n, dtype=torch.long)
+        weights, _ = look(model, torch.tensor([query]), MASKS[mask](segments))
+        assert len(read["looks"]) == len(weights)
+        for layer, heads in zip(read["looks"], weights.tolist()):
+            assert len(layer) == n
+            for j, (place, weight) in enumerate(layer):
+                others = [max(head[j][i] for head in heads) * (i != j) for i in range(n)]
+                assert weight == pytest.approx(max(others), abs=1e-6)
+                assert others[place] == pytest.approx(weight, abs=1e-6)
+        ends = {query[i + 1]: i + 2 for i in range(n) if query[i] == r.LINK}
+        goals = [ends.get(token) if query[j - 2] == r.LINK else None
+                 for j, token in enumerate(query)]
+        assert read["goals"] == goals and (sum(map(bool, goals)) == 6) == (task == "links")
+
+
 def race_with(tmp_path, *flags):
     files = "--json", str(tmp_path / "race.json"), "--out", str(tmp_path / "new" / "race.png")
     done = run("demos/race.py", "--steps", "4", "--every", "2", *files, *flags)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "new" / "race.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((tmp_path / "race.json").read_text()), done.stdout
+    figures = json.loads((tmp_path / "race.json").read_text())
+    shown = read_race(tmp_path / "race.json")  # the page takes what the race writes
+    assert shown["task"] == figures["race"]["task"]
+    assert len(shown["records"]) == len(figures["records"])
+    return figures, done.stdout
 
 
 def test_a_race_shows_a_table_a_game_and_why(tmp_path):
@@ -73,7 +107,8 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
     assert [x["runner"] for x in figures["records"]] == names
     for record in figures["records"]:
         assert set(record["curves"]) == {"1 step", "2 steps", "3 steps"}
-        assert len(record["guesses"]) == 8
+        assert len(record["guesses"]) == 18
+        assert set(record["reading"]) == {"tokens", "looks", "goals"}
         for curve in record["curves"].values():
             assert len(curve) == 2 and all(0 <= share <= 1 for share in curve)
             assert f"{100 * curve[-1]:.1f}" in said
