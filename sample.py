@@ -396,12 +396,17 @@ def answer(chat, text):
         print(f"[out of memory; {MEMORY}]")
 
 
+TRAINED = pathlib.Path("out/ckpt.pt")
+SMALL_MODEL = pathlib.Path(__file__).parent / "data" / "small.pt"
+
+
 def flags():
     """The command line."""
     parser = machine.Parser("Chat with a trained model.")
     flag = parser.add_argument
-    flag("--ckpt", default="out/ckpt.pt",
-         help="a checkpoint of train.py or a Hugging Face folder (default: out/ckpt.pt)")
+    flag("--ckpt", default="",
+         help="a checkpoint of train.py or a Hugging Face folder (default: out/ckpt.pt, or a small "
+              "model of the repository until that is there)")
     flag("--mask", default="", choices=tuple(MASKS),
          help="the attention mask (default: the one that the model was trained with)")
     flag("--block_size", type=int, default=0,
@@ -439,8 +444,12 @@ def flags():
 def main():
     a = flags()
     with machine.errors_in_one_line(MEMORY):
+        if not a.ckpt and not TRAINED.exists():
+            print(f"[no {TRAINED} yet, so this is the small model of the repository; "
+                  "python train.py trains your own]")
+            a.ckpt = SMALL_MODEL
         chat = load_chat(
-            a.ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system,
+            a.ckpt or TRAINED, a.device, a.dtype, a.mask, a.block_size, system=a.system,
             temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
             max_new_tokens=a.max_new_tokens, notify=print,
         )

@@ -1,10 +1,15 @@
 """
 Files that are written whole or not at all, and checkpoints: plain tensors and settings, which are
 checked when they are read, since a file may be damaged or hostile.
+
+    python -m data.checkpoint out/ckpt.pt data/small.pt
+
+makes the small model of the repository, with which sample.py chats before one is trained.
 """
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -249,3 +254,16 @@ def restore_optimizer(slots, optimizer, step):
             for name, x in found.items():
                 if x.shape != (() if name == "step" else p.shape):
                     raise ValueError("slots of another size")
+
+
+def shrink(path, out):
+    """Write a checkpoint to chat with: in bfloat16, without what the optimizer needs."""
+    state = load_checkpoint(path)
+    model = GPT(GPTConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    small = model.bfloat16().state_dict()
+    save_checkpoint(out, **{**state, "model": small, "optimizer": {}})
+
+
+if __name__ == "__main__":
+    shrink(*sys.argv[1:])
