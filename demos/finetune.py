@@ -105,7 +105,7 @@ SIZES = {
 
 
 def memory(config, rows, length, positions, rank=0, layers=LINEAR, checkpointing=False,
-           dtype=torch.bfloat16):
+           dtype=torch.bfloat16, device="cuda"):
     """Bytes at the peak of a training step, a dict of what they are for.
 
     rows, length: of one part of a batch (see --grad_accum); positions: those in it with loss. With
@@ -125,9 +125,10 @@ def memory(config, rows, length, positions, rank=0, layers=LINEAR, checkpointing
     if rank > 0:
         weights += a * total
     C, H, Hkv, D = config.n_embd, config.n_head, config.n_kv_head, config.head_size
-    # A block keeps for each token: of both norms what they give, their input and, to train their
-    # weights, the normalized input, in float32.
-    norms = 2 * C * ((4 if rank else 8) + a)
+    # A block keeps for each token: of both norms what they give and, in float32, their input; to
+    # train their weights the normalized input too. On a CPU that one takes the input's place.
+    in_float32 = 1 if rank > 0 or device == "cpu" else 2
+    norms = 2 * C * (4 * in_float32 + a)
     # Queries and keys, then keys and values again with all heads and attention's result, the mask's
     # row in numbers, four tensors in the MLP, what LoRA's A gives.
     attention = (H + Hkv) * D + 3 * H * D + length
