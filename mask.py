@@ -104,6 +104,8 @@ def reusable(old, new):
 
 def check(f, shape):
     """ValueError if f is not an integer from 1 on for each token of this shape (B, T)."""
+    if not isinstance(f, torch.Tensor):
+        raise ValueError(f"a mask returns a tensor of integers, not a {type(f).__name__}")
     if f.dtype.is_floating_point or f.dtype == torch.bool:
         raise ValueError(f"a mask returns integers, how many tokens each may see, not {f.dtype}")
     if f.shape != shape:
@@ -118,7 +120,9 @@ def check(f, shape):
 def one_pass(mask):
     """True if one pass over a dialogue trains all its answers; a prefix needs a copy a turn."""
     segments = torch.tensor([[1, 1, 2, 2, 3, 3, 4, 4]])
-    trained = loss_positions(segments, mask(segments)).sum()
+    f = mask(segments)
+    check(f, segments.shape)
+    trained = loss_positions(segments, f).sum()
     return bool(trained == (segments % 2 == 0).sum())
 
 

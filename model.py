@@ -326,6 +326,8 @@ class GPT(nn.Module):
 # ==== below this line: what makes it faster or safer, and changes no result ====
 import functools
 import importlib.util
+import os
+import shutil
 
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -365,16 +367,14 @@ FLEX_FROM = 1024
 def fastest_attention(f, S, device, plain=choose_attention):
     """As choose_attention. f is looked at here, on the CPU: a look at a GPU would make it wait."""
     n = f.shape[1]
-    if device.type == "cpu" and torch.is_grad_enabled() and short(S):
+    # The fused kernels of MPS have had silent faults in just these shapes and views.
+    if device.type == "mps" or device.type == "cpu" and torch.is_grad_enabled() and short(S):
         return plain(f, S, device)
     if f.min() >= S:
         # Under ISM so it is in a chat: a query and a token of an answer see the whole cache.
         return sdpa
     if n == S and (f == torch.arange(1, n + 1)).all():
         return functools.partial(sdpa, causal=True)
-    if device.type == "mps":
-        # Its fused kernels have had silent faults in just these shapes.
-        return plain(f, S, device)
     f = f.to(device, non_blocking=True)
     if device.type == "cuda" and S >= FLEX_FROM and has_triton():
         return functools.partial(attend_by_blocks, f=f, mask=block_mask(f, S))
@@ -486,9 +486,13 @@ def attend_by_blocks(q, k, v, f, mask):
 def has_triton():
     """Whether kernels can be compiled for CUDA; if not, on Windows for one, it is told once."""
     there = importlib.util.find_spec("triton") is not None
-    if not there:
-        print("no Triton here: long masks go to SDPA, which is slower and needs more memory")
-    return there
+    if os.name == "posix":  # there it asks for a C compiler, which small images have not
+        there = there and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    if there and torch.cuda.get_device_capability() >= (7, 0):
+        return True
+    print("no Triton for this GPU, or no C compiler: long masks go to SDPA, which is slower and "
+          "needs more memory")
+    return False
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from mask import reusable
+from mask import check, reusable
 from model import Cache, one_by_one
 
 
@@ -26,7 +26,8 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits.cpu() / temperature  # on the CPU a seed draws the same for each device
+    logits = logits.cpu()  # there a seed draws the same for each device
+    logits = (logits - logits.max()) / temperature  # up to 0, so that no temperature is too low
     if top_k > 0:
         least = logits.topk(min(top_k, len(logits))).values[-1]
         logits[logits < least] = -torch.inf
@@ -36,6 +37,9 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     before = probs.cumsum(0) - probs  # (V,) the probability of all that are likelier
     probs[before >= top_p] = 0
     return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+BUSY = "this chat is writing an answer; read that to its end, or close it"
 
 
 class Chat:
@@ -62,7 +66,9 @@ class Chat:
         self.reset()
 
     def reset(self):
-        """Forget all but the system prompt."""
+        """Forget all but the system prompt. ValueError while an answer is being written."""
+        if self.busy.locked():
+            raise ValueError(BUSY)
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
         given = self.tokenizer.encode_given(self.messages, header=False)
         self.system = self.tokenizer.begin + given  # tokens
@@ -105,7 +111,7 @@ class Chat:
         message = {"role": "user", "content": text}
         query = query_tokens(self, message)
         if not self.busy.acquire(blocking=False):
-            raise ValueError("this chat is writing an answer; read that to its end, or close it")
+            raise ValueError(BUSY)
         self.stop = False
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.turns.append((query, []))
@@ -128,6 +134,7 @@ class Chat:
         answer = segments[-1] + segments[-1] % 2
         to_come = [answer] * (self.size - len(tokens))
         f = self.mask(torch.tensor([segments + to_come]))  # (1, block_size)
+        check(f, (1, self.size))
         # What still holds in the cache is not read again. The last token is, for its logits.
         keep = min(reusable(self.f, f), self.cache.length, len(tokens) - 1)
         self.cache.length = keep
@@ -192,10 +199,11 @@ class Chat:
 # ==== below this line: the files of a model and of a conversation, and the terminal ====
 import json
 import pathlib
+import shlex
 import sys
 
 from data import hf, machine
-from data.chats import well_formed
+from data.chats import check_history
 from data.checkpoint import load_checkpoint, write_json
 from data.machine import one_line, printable
 from data.tokenizer import Tokenizer
@@ -291,19 +299,19 @@ def load_trained(path):
         model.load_state_dict(state["model"])
     except RuntimeError:
         other = "holds other weights than a GPT's, LoRA's maybe"
-        merged = f"those are merged when the run ends: --ckpt {path.parent}"
+        folder = shlex.quote(str(path.parent))
+        merged = f"those are merged when the run ends: --ckpt {folder}"
         raise ValueError(f"{path} {other}; {merged}") from None
     return model, tokenizer, settings["mask"]
 
 
 def go_on(chat, messages):
     """A chat goes on from a conversation: messages that end with an answer. ValueError if not."""
-    if not well_formed(messages) or messages[-1]["role"] != "assistant":
-        raise ValueError("a history is a list of system, user and assistant messages that ends "
-                         "with the assistant's")
+    messages = check_history(messages)
+    chat.reset()  # or an error, before anything is changed
     if messages[0]["role"] == "system":  # in place of the one that the chat has
         chat.messages, messages = messages[:1], messages[1:]
-    chat.reset()
+        chat.reset()
     given = []
     for message in messages:
         if message["role"] != "assistant":
@@ -388,12 +396,17 @@ def answer(chat, text):
         print(f"[out of memory; {MEMORY}]")
 
 
+TRAINED = pathlib.Path("out/ckpt.pt")
+SMALL_MODEL = pathlib.Path(__file__).parent / "data" / "small.pt"
+
+
 def flags():
     """The command line."""
     parser = machine.Parser("Chat with a trained model.")
     flag = parser.add_argument
-    flag("--ckpt", default="out/ckpt.pt",
-         help="a checkpoint of train.py or a Hugging Face folder (default: out/ckpt.pt)")
+    flag("--ckpt", default="",
+         help="a checkpoint of train.py or a Hugging Face folder (default: out/ckpt.pt, or a small "
+              "model of the repository until that is there)")
     flag("--mask", default="", choices=tuple(MASKS),
          help="the attention mask (default: the one that the model was trained with)")
     flag("--block_size", type=int, default=0,
@@ -409,7 +422,7 @@ def flags():
          help="draw from the fewest tokens of this probability (default: 1)")
     flag("--seed", type=int, default=0, help="of the sampling (default: 0)")
     flag("--max_new_tokens", type=int, default=200, help="longest answer (default: 200)")
-    flag("--device", default="auto", help="cpu, cuda, mps (default: auto)")
+    flag("--device", default="auto", help=f"{machine.DEVICES} (default: auto)")
     flag("--dtype", default="auto", choices=DTYPES,
          help="of the weights; int8 and int4, on the CPU, are faster and less exact; auto is "
               "float32 for a small model, else bfloat16 (default: auto)")
@@ -418,6 +431,7 @@ def flags():
         "--temperature": ("from 0 on", 0 <= a.temperature < float("inf")),
         "--top_k": ("from 0 on", a.top_k >= 0),
         "--top_p": ("above 0 and at most 1", 0 < a.top_p <= 1),
+        "--seed": ("from 0 on, of at most 64 bits", 0 <= a.seed < 1 << 64),
         "--max_new_tokens": ("at least 1", a.max_new_tokens >= 1),
         "--block_size": ("from 0 on", a.block_size >= 0),
     }
@@ -430,8 +444,12 @@ def flags():
 def main():
     a = flags()
     with machine.errors_in_one_line(MEMORY):
+        if not a.ckpt and not TRAINED.exists():
+            print(f"[no {TRAINED} yet, so this is the small model of the repository; "
+                  "python train.py trains your own]")
+            a.ckpt = SMALL_MODEL
         chat = load_chat(
-            a.ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system,
+            a.ckpt or TRAINED, a.device, a.dtype, a.mask, a.block_size, system=a.system,
             temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
             max_new_tokens=a.max_new_tokens, notify=print,
         )
@@ -452,8 +470,10 @@ def talk(chat, prompts):
     terminal = sys.stdin.isatty()
     if terminal:
         print("Ask something; /help lists the commands.")
-    if hasattr(sys.stdin, "reconfigure"):  # a file may begin with a byte order mark
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):
+        # A file may begin with a byte order mark; a terminal may not be one of UTF-8.
+        encoding = None if terminal else "utf-8-sig"
+        sys.stdin.reconfigure(encoding=encoding, errors="replace")
     while True:
         try:
             line = input("> " if terminal else "").strip()

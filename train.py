@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data.dialogues import FAMILIES
-from data.machine import DTYPES, RANK, WORLD, autocast, from_all, setting
+from data.machine import DEVICES, DTYPES, RANK, WORLD, autocast, from_all, setting
 from mask import MASKS, loss_positions
 
 
@@ -31,8 +31,9 @@ class Settings:
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
     init_from: str = setting("", "start from the weights of a Hugging Face folder")
     out_dir: str = setting("out", "where the checkpoint and the figures go")
-    device: str = setting("auto", "cpu, cuda, mps; auto takes the fastest there is")
-    dtype: str = setting("auto", "of the computation; auto: what is fast here", DTYPES)
+    device: str = setting("auto", DEVICES)
+    dtype: str = setting("auto", "to compute in; auto: bfloat16, or float32 where the processor "
+                         "has it by emulation alone, as a T4", DTYPES)
     max_iters: int = setting(2400, "training steps")
     batch_size: int = setting(16, "a step holds batch_size * block_size tokens, in whole dialogues")
     grad_accum: int = setting(1, "parts that a batch is cut into to save memory")
@@ -50,7 +51,7 @@ class Settings:
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
     learning_rate: float = setting(None, "peak (default: 0.01, with --init_from 2e-5)")
     warmup_iters: int = setting(50, "steps of linear warm-up")
-    decay: float = setting(0.4, "last fraction of the steps, in which the rate falls to 0; at most 1")
+    decay: float = setting(0.4, "last fraction of the steps, in which the rate falls to 0")
     muon: bool = setting(True, "Muon for the matrices in the blocks of a new model, else AdamW")
     weight_decay: float = setting(0.05, "of the matrices in the blocks")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any")
@@ -74,10 +75,12 @@ class Settings:
             raise ValueError("--learning_rate must be above 0: with 0 nothing is learned")
         if self.decay > 1:
             raise ValueError(f"--decay must be at most 1, all of the steps, not {self.decay}")
-        for name in self.families.split(","):
-            if name not in FAMILIES:
-                raise ValueError(f"--families has no '{name}'; there are {', '.join(FAMILIES)}, "
-                                 "with a comma between them")
+        if self.seed >= 1 << 64:
+            raise ValueError(f"--seed must have at most 64 bits, not be {self.seed}")
+        for name, known in (("mask", MASKS), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"--{name} has no '{value}'; there are {', '.join(known)}")
         for name in self.families.split(","):
             if name not in FAMILIES:
                 raise ValueError(f"--families has no '{name}'; there are {', '.join(FAMILIES)}, "
@@ -169,13 +172,13 @@ import shlex
 import time
 from dataclasses import asdict, field
 
-from tqdm import tqdm
-
 from data import checkpoint, hf, loader, machine
 from data.scores import by_kind, needs_new_word, report, summary
 from data.tokenizer import Tokenizer
 from mask import annealed, check
 from model import GPT, GPTConfig, recompute_blocks
+
+FIRST_SAVE = 30  # seconds of training, after which there is a model to chat with
 
 
 @dataclass
@@ -193,10 +196,11 @@ class Run:
     step: int
     watch: object  # called as watch(run, loss) after each step
     began: float
-    bar: tqdm = None  # the progress bar; None if another watches
+    bar: machine.Bar = None  # the progress bar; None if another watches
     since: float = field(default_factory=time.time)  # the first step
     seen: int = 0  # tokens since then
     right: float = None  # the share of held-out answers, when last looked at
+    told: bool = False  # that there is a checkpoint to chat with
 
 
 def begin(s, model=None, splits=None, watch=None):
@@ -239,7 +243,7 @@ def begin(s, model=None, splits=None, watch=None):
     if s.checkpointing:
         recompute_blocks(model)
     if s.compile:
-        machine.check_compiler()
+        machine.check_compiler(device)
         for block in model.blocks:
             block.compile(dynamic=True)
     run = Run(s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began)
@@ -322,7 +326,9 @@ def to_device(device, tokens, at, targets):
     more = -len(at) % 64
     at = F.pad(at, (0, more))
     targets = F.pad(targets, (0, more), value=-100)
-    return [x.to(device, non_blocking=True) for x in (tokens, at, targets)]
+    # MPS would go on with a tensor that is gone before it is copied.
+    wait = device.type == "mps"
+    return [x.to(device, non_blocking=not wait) for x in (tokens, at, targets)]
 
 
 def mask_at(step, s):
@@ -362,7 +368,7 @@ def announce(run):
         told.append(f"{WORLD} processes")
     if RANK == 0:
         print(", ".join(told))
-    return tqdm(
+    return machine.Bar(
         total=run.s.max_iters, initial=run.step, desc="train", unit="step", mininterval=0.5,
         disable=RANK > 0,
     )
@@ -371,6 +377,10 @@ def announce(run):
 def tell(run, loss):
     """Move the bar, and tell the loss and the speed now and then."""
     run.bar.update()
+    if RANK == 0 and run.out and not run.told and time.time() - run.since > FIRST_SAVE:
+        run.told = True
+        save(run)
+        run.bar.write(f"chat with it so far, in another terminal: {chat_command(run.s)}")
     if run.step % 20 > 0 and run.step < run.s.max_iters:
         return
     if WORLD > 1:
@@ -381,6 +391,12 @@ def tell(run, loss):
     if run.right is not None:
         told += f", held-out right {run.right:.1%}"
     run.bar.set_postfix_str(told)
+
+
+def chat_command(s):
+    """The command that chats with what a run has saved."""
+    path = shlex.quote(f"{s.out_dir}/ckpt.pt")
+    return "python sample.py" + ("" if s.out_dir == "out" else f" --ckpt {path}")
 
 
 def save(run):
@@ -476,9 +492,9 @@ class Muon(torch.optim.AdamW):
             p.mul_(1 - rate * weight_decay).sub_(push, alpha=size)
 
 
-# Polynomials a s + b s^3 + c s^5 of a singular value s, each the best one for what those before it
-# leave (Amsel et al., 2025, arXiv:2505.16932). Three of them left the loss after 300 steps at 0.344,
-# five steps of Jordan's one polynomial at 0.374.
+# Polynomials a s + b s^3 + c s^5 of a singular value s, each the best one for what those before
+# it leave (Amsel et al., 2025, arXiv:2505.16932). Three of them left the loss after 300 steps at
+# 0.344, five steps of Jordan's one polynomial at 0.374.
 POLYNOMIALS = (
     (8.2051604, -22.9019350, 16.4607249),
     (4.0663952, -2.8611541, 0.5183995),
@@ -524,11 +540,9 @@ def main():
     with machine.errors_in_one_line(memory, stopped):
         s = machine.parse(Settings, "Train a GPT under a mask on dialogues.")
         metrics = train(s)
-    if RANK == 0:
-        report(metrics)
-        path = shlex.quote(f"{s.out_dir}/ckpt.pt")
-        where = "" if s.out_dir == "out" else f" --ckpt {path}"
-        print(f"\nchat with it: python sample.py{where}")
+        if RANK == 0:
+            report(metrics)
+            print(f"\nchat with it: {chat_command(s)}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ LONGEST_LINE = 1 << 24
 # What is not trained on, beside a text that is; told at the end.
 LEFT_OUT = {
     "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tools",
-    "functions",
+    "functions", "refusal", "chosen", "rejected",
 }
+CALLS = "tool_calls", "function_call"  # a message that is one may have no text
+TEXTS = "text", "input_text", "output_text"  # types of the parts of a content that are read
 REFUSED = "images", "image", "videos", "video", "audios", "audio"  # without them a text lies
 FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
 
@@ -80,6 +82,8 @@ def read_chat(line, left_out):
             raise ValueError(f": '{key}' is not supported, only text; expected {FORM}")
     messages = [read_message(i, m, left_out) for i, m in enumerate(turns(record), 1)]
     count(record, left_out)
+    if record.get("kto_tag") is False:
+        raise ValueError(": 'kto_tag' is false, so its answer is a bad one, which is not learned")
     if record.get("system"):
         system = {"role": "system", "content": read_content(record["system"], ": 'system'")}
         if messages[0] != system:  # some files say it in both places
@@ -89,12 +93,16 @@ def read_chat(line, left_out):
 
 def turns(record):
     """The messages of a record as it has them. ValueError if it has none."""
-    for key in ("messages", "conversations", "conversation"):
-        if key in record:
-            if not isinstance(record[key], list) or not record[key]:
-                raise ValueError(f": '{key}' is no list of messages; expected {FORM}")
-            return record[key]
-    if "instruction" not in record or "output" not in record:
+    keys = [key for key in ("messages", "conversations", "conversation", "instruction")
+            if record.get(key) is not None]
+    if len(keys) > 1:
+        raise ValueError(f": there are both '{keys[0]}' and '{keys[1]}'; leave one of them out")
+    if keys and keys[0] != "instruction":
+        said = record[keys[0]]
+        if not isinstance(said, list) or not said:
+            raise ValueError(f": '{keys[0]}' is no list of messages; expected {FORM}")
+        return said
+    if not keys or "output" not in record:
         keys = ", ".join(sorted(record)) or "nothing"
         raise ValueError(f": neither 'messages' nor 'conversations' among {keys}; expected {FORM}")
     said = []
@@ -118,10 +126,11 @@ def read_message(i, m, left_out):
         names = ", ".join((*ROLES, *ALIASES))
         raise ValueError(f"{where}: the role is {json.dumps(role)}; known are {names}")
     content = m.get("content", m.get("value"))
-    if content is None:
-        calls = [key for key in ("tool_calls", "function_call") if m.get(key)]
+    calls = [key for key in CALLS if m.get(key)]
+    if content is None or calls and not content:
+        what = "null" if content is None else "empty"
         why = f" ({calls[0]} is not supported)" if calls else ""
-        raise ValueError(f"{where}: content is null{why}")
+        raise ValueError(f"{where}: content is {what}{why}")
     count(m, left_out)
     message = {"role": known, "content": read_content(content, f"{where}: content")}
     if not is_trained(m, where):
@@ -144,9 +153,12 @@ def read_content(content, where):
         raise ValueError(f"{where} is no text but a {type(content).__name__}")
     parts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if isinstance(part, str):
+            part = {"text": part}
+        if not isinstance(part, dict):
+            part = {"type": type(part).__name__}
+        kind, text = part.get("type") or "text", part.get("text")
+        if kind not in TEXTS or not isinstance(text, str):
             raise ValueError(f"{where} has a part of type {kind}; only text is supported")
         parts.append(text)
     return "".join(parts)
@@ -154,17 +166,28 @@ def read_content(content, where):
 
 def is_trained(m, where):
     """Whether a message, if an answer, is learned: its weight is not 0 and its loss not false."""
-    weight = m.get("weight")
-    if weight not in (None, 0, 1):
-        raise ValueError(f"{where}: the weight is {json.dumps(weight)}; known are 0 and 1")
-    return weight != 0 and m.get("loss") is not False
+    trained = True
+    for key in ("weight", "loss"):
+        value = m.get(key)
+        if value not in (None, 0, 1):  # false is 0, true is 1
+            raise ValueError(f"{where}: the {key} is {json.dumps(value)}; known are 0 and 1")
+        if value == 0:
+            trained = False
+    return trained
 
 
-def well_formed(messages):
-    """True for a list of messages, each {"role": system, user or assistant, "content": str}."""
+def check_history(messages):
+    """The messages of a conversation to go on from. ValueError says which is wrong, and why."""
+    expected = ("a history is a list of system, user and assistant messages that ends with the "
+                "assistant's")
     if not isinstance(messages, list) or not messages:
-        return False
-    return all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
-        for m in messages
-    )
+        raise ValueError(expected)
+    read = []
+    for i, m in enumerate(messages, 1):
+        try:
+            read.append(read_message(i, m, collections.Counter()))
+        except ValueError as error:
+            raise ValueError(f"the history{error}; {expected}") from None
+    if read[-1]["role"] != "assistant":
+        raise ValueError(expected)
+    return [{"role": m["role"], "content": m["content"]} for m in read]

@@ -1,10 +1,15 @@
 """
 Files that are written whole or not at all, and checkpoints: plain tensors and settings, which are
 checked when they are read, since a file may be damaged or hostile.
+
+    python -m data.checkpoint out/ckpt.pt data/small.pt
+
+makes the small model of the repository, with which sample.py chats before one is trained.
 """
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -42,7 +47,9 @@ def whole_file(path):
 def write_json(path, content):
     """Write a dict or a list as JSON, whole or not at all."""
     with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        # Half of a pair of surrogates, which UTF-8 has not, becomes what JSON writes for it.
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def make_folder(path):
@@ -196,7 +203,7 @@ def check_sizes(config):
 
 
 def load_state(path, config, identity, settings):
-    """The checkpoint to go on from. ValueError if its model, tokenizer, mask, ... is another one."""
+    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is another one."""
     state = load_checkpoint(path)
     had = asdict(GPTConfig(**state["config"]))
     had |= {"tokenizer": state["tokenizer"]}
@@ -247,3 +254,16 @@ def restore_optimizer(slots, optimizer, step):
             for name, x in found.items():
                 if x.shape != (() if name == "step" else p.shape):
                     raise ValueError("slots of another size")
+
+
+def shrink(path, out):
+    """Write a checkpoint to chat with: in bfloat16, without what the optimizer needs."""
+    state = load_checkpoint(path)
+    model = GPT(GPTConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    small = model.bfloat16().state_dict()
+    save_checkpoint(out, **{**state, "model": small, "optimizer": {}})
+
+
+if __name__ == "__main__":
+    shrink(*sys.argv[1:])

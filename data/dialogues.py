@@ -14,14 +14,27 @@ reasoning, and one is what people say to a model that they do not know:
 
 A family is a function that yields turns (query, answer). Each answer is a function of what was said
 before it, so that "exactly right" has a meaning. FAMILIES, below them, says how to add one of your
-own. `python -m data.dialogues` prints some dialogues.
+own. `python -m data.dialogues` prints some dialogues, with `--jsonl FILE --n 1000` it writes them.
 """
+import json
 import time
 import zlib
 
-from data import talk
-from data.words import (COLORS, FOODS, JOBS, LETTERS, PETS, RELATIVES, ROOMS, THINGS, TYPED_WRONG,
-                        Random, Words, misspelled)
+from data import machine, talk
+from data.words import (
+    COLORS,
+    FOODS,
+    JOBS,
+    LETTERS,
+    PETS,
+    RELATIVES,
+    ROOMS,
+    THINGS,
+    TYPED_WRONG,
+    Random,
+    Words,
+    misspelled,
+)
 
 
 def listed(items):
@@ -314,7 +327,7 @@ def follow_up(rng, words, n_turns=None):
     value = rng.randint(2, 40)
     start = rng.choice(("Start with {}. ", "Take the number {}. ", "I have {} coins. "))
     start = start.format(value)
-    for turn in range(n_turns or rng.randint(3, 8)):
+    for _ in range(n_turns or rng.randint(3, 8)):
         way = rng.choice(sums(value))
         if way == "new":
             ask, answer, value = new_sum(rng)
@@ -410,6 +423,7 @@ FAMILIES = {
     "induction": (1, induction),
     "small talk": (1, small_talk),
 }
+SPLITS = ("train", "val", "test", "new_words", "final_words")
 PATTERNS = ("recollection", "expansion", "refinement", "follow-up")  # MT-Eval's
 SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind and exact.",
           "You have a good memory."]
@@ -473,8 +487,8 @@ def split_of(messages):
 def deal(sizes, seed=0, families=tuple(FAMILIES), mixed=False):
     """Yield (split, dialogue) until each split has its size, {split: n}.
 
-    All dialogues to train, tune and test on are dealt from one stream, so that hardly one is made in
-    vain. Those of new_words and final_words have names and cities of their own.
+    All dialogues to train, tune and test on are dealt from one stream, so that hardly one is made
+    in vain. Those of new_words and final_words have names and cities of their own.
     """
     left = dict(sizes)
     own = [split for split in left if split.endswith("_words")]
@@ -502,8 +516,27 @@ def generate(split, n, seed=0, families=tuple(FAMILIES), mixed=False):
         yield dialogue
 
 
+def main():
+    """Print some dialogues, or write a file of them for `--data`."""
+    with machine.errors_in_one_line("lower --n"):
+        parser = machine.Parser("Print some synthetic dialogues, or write a file of them.")
+        parser.add_argument("--jsonl", default="", help="the file to write, one dialogue a line")
+        parser.add_argument("--split", default="train", choices=SPLITS, help="(default: train)")
+        parser.add_argument("--n", type=int, default=12, help="how many (default: 12)")
+        parser.add_argument("--seed", type=int, default=None, help="(default: the time)")
+        s = parser.parse_args()
+        seed = time.time() if s.seed is None else s.seed
+        found = generate(s.split, s.n, seed, mixed=True)
+        if s.jsonl:
+            with open(s.jsonl, "w", encoding="utf-8") as file:
+                for dialogue in found:
+                    file.write(json.dumps({"messages": dialogue["messages"]}) + "\n")
+            return
+        for dialogue in found:
+            print(f"--- {dialogue['family']}")
+            for message in dialogue["messages"]:
+                print(f"{message['role']:>9}: {message['content']}")
+
+
 if __name__ == "__main__":
-    for dialogue in generate("train", 12, seed=time.time(), mixed=True):
-        print(f"--- {dialogue['family']}")
-        for message in dialogue["messages"]:
-            print(f"{message['role']:>9}: {message['content']}")
+    main()

@@ -13,11 +13,10 @@ from array import array
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import dialogues, talk, words
 from data.chats import read_chats
-from data.machine import is_running
+from data.machine import Bar, is_running
 from mask import one_pass
 
 SPLITS = "train", "val", "test", "new_words"
@@ -29,12 +28,12 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
             families=tuple(dialogues.FAMILIES)):
     """Write the splits to data/cache, unless they are there already, and return their folder.
 
-    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families,
-    mixed as data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families, mixed
+    as data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
     fits; those without one are left out. ValueError for a bad file, or if too few are left.
     """
     encoder = tokenizer.identity + tokenizer.default_system
-    made_from = encoder, block_size, bool(data), n_dialogues, seed, mixed, families
+    made_from = encoder, block_size, bool(data), n_dialogues, seed, mixed, families, skip_bad
     key = hashlib.sha256(repr(made_from).encode())
     if data and pathlib.Path(data).is_fifo():
         raise ValueError(f"--data {data} is a pipe, which cannot be read twice; write it to a file")
@@ -107,7 +106,7 @@ def synthetic_splits(encode, n_dialogues, seed, mixed, families):
     found = dialogues.deal(sizes, seed, families, mixed)
     rows = {split: [] for split in SPLITS}
     total = sum(sizes.values())
-    for split, dialogue in tqdm(found, "prepare", total, unit=" dialogues", leave=False):
+    for split, dialogue in Bar(found, "prepare", total, unit=" dialogues", leave=False):
         row = encode(dialogue["messages"])
         if row is not None:
             rows[split].append((*row, dialogue["family"]))
@@ -126,7 +125,7 @@ def own_splits(data, encode, skip_bad):
     chats = [{"messages": messages, "family": "chats"} for messages in different.values()]
     chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())
     rows = []
-    for chat in tqdm(chats, "prepare", unit=" dialogues", leave=False):
+    for chat in Bar(chats, "prepare", unit=" dialogues", leave=False):
         row = encode(chat["messages"])
         if row is not None:
             rows.append((*row, chat["family"]))

@@ -5,8 +5,10 @@ printed, devices and dtypes, processes. No lesson stands in it.
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +18,7 @@ from dataclasses import MISSING, field, fields
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 # --- the command line ---------------------------------------------------------------------------
 
@@ -51,9 +54,15 @@ def parse(settings_class, description, argv=None):
     return settings_class(**vars(parser.parse_args(argv)))
 
 
+# What drives a terminal: control characters but for line breaks and tabs, overrides of the
+# direction of writing; and halves of a pair of surrogates, which it cannot show.
+DRIVING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def printable(text):
-    """Text without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """Text as it may go to the terminal."""
+    return DRIVING.sub("\ufffd", text)
 
 
 def one_line(error):
@@ -67,6 +76,22 @@ def out_of_memory(error):
     return any(word in str(error) for word in words)
 
 
+class Bar(tqdm):
+    """A progress bar that falls silent, and stops nothing, where nobody reads it any more."""
+
+    def display(self, *args, **options):
+        try:
+            return super().display(*args, **options)
+        except (OSError, AttributeError):  # a broken standard error, or none at all
+            self.disable = True
+
+    def close(self):
+        try:
+            super().close()
+        except OSError:
+            self.disable = True
+
+
 @contextlib.contextmanager
 def errors_in_one_line(memory, stopped="stopped"):
     """End the program with one line for what a user can mend; our own faults stay tracebacks.
@@ -76,6 +101,8 @@ def errors_in_one_line(memory, stopped="stopped"):
     name = os.path.basename(sys.argv[0])
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # nobody reads any more, as behind `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -159,6 +186,7 @@ def on_interrupt(action):
 # --- devices ------------------------------------------------------------------------------------
 
 DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = "cpu, cuda or mps, on which nobody has run this; auto is cuda, or else cpu"
 
 # Set by torchrun: the number of this process, the same on its machine, and how many there are.
 RANK = int(os.environ.get("RANK") or 0)
@@ -169,7 +197,7 @@ WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 def pick_device(name):
     """A torch device from its name, made the current one. ValueError if it is not there.
 
-    auto is CUDA or else the CPU: on MPS nobody has run this code.
+    auto is not MPS, see DEVICES.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there = [*gpus, "cpu"]
@@ -231,8 +259,10 @@ def describe():
     return f"{name}, {torch.get_num_threads()} threads, {kind}, torch {torch.__version__}"
 
 
-def check_compiler():
-    """ValueError if torch.compile would find no C++ compiler."""
+def check_compiler(device):
+    """ValueError if torch.compile would find no compiler for this device."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--compile needs Triton for CUDA, which is not installed")
     names = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
     if not any(name and shutil.which(name) for name in names):
         raise ValueError("--compile needs a C++ compiler (g++ or clang++), which is not installed")

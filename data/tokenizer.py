@@ -1,11 +1,15 @@
 """
 Text to token ids and back: a tiktoken Encoding, four special tokens, and the layout of a dialogue.
 
-    query  = (<|system|> text <|end|>)? <|user|> text <|end|> <|assistant|>      odd segment, given to the model
-    answer = text <|end|>                                                        even segment, written by it
+    query  = (<|system|> text <|end|>)? <|user|> text <|end|> <|assistant|>
+    answer = text <|end|>
 
-Other layouts differ in their strings alone: a query may be opened by tokens that begin the dialogue, or that stand
-between an answer's <|end|> and the next header (data/hf.py has those of LLaMA 3 and ChatML).
+A query is given to the model, and its segment has an odd number. An answer is written by the model,
+and its segment has an even number.
+
+Other layouts differ in their strings alone. They may have tokens that begin the dialogue, and
+tokens between an answer's <|end|> and the next header (data/hf_tokenizer.py has those of LLaMA 3
+and ChatML).
 
 The default encoding is built from `data/ranks.tiktoken`, which `python -m data.tokenizer` makes:
 256 bytes, merges of them that are frequent in names, and the commonest words of the synthetic
@@ -32,85 +36,100 @@ ROLES = ("system", "user", "assistant")
 # time for it (10 s for 100,000 letters) and the newest fails at a million spaces.
 LONGEST_RUN = 1000
 RUN = re.compile(r"\s+|\d+|[^\W\d_]+|(?:[^\w\s]|_)+")
-# What begins a dialogue, what opens a message, what ends it, and what stands between its end and the next header.
+# What begins a dialogue, opens a message, ends it, and stands before the next message's header.
 LAYOUT = {"begin": "", "header": "<|{role}|>", "end": "<|end|>", "after": ""}
 
 
 class Tokenizer:
     """A tiktoken encoding with the special tokens of the dialogue layout.
 
-    name: "nanoism", the committed ranks, or the name of a tiktoken encoding, e.g. "gpt2", which tiktoken
+    name: "nanoism" for the committed ranks, or a tiktoken encoding, e.g. "gpt2", which tiktoken
     downloads. ValueError where that is unknown or cannot be had.
-    With `ranks` the encoding is given instead of looked up: pattern and special tokens as tiktoken takes them, the
-    special tokens that a text may contain (`spoken`), a function to apply to each text first, and the vocabulary's size
-    if the model has rows beyond its tokens. Ranks at or beyond vocab_size are left out of what is encoded.
+    ranks: the encoding, where it is given instead of looked up. Those at or beyond vocab_size are
+    left out of what is encoded.
+    pattern, special: how text is split, and the special tokens with their ids, as in tiktoken.
+    spoken: the special tokens that a text may contain.
+    normalize: a function to apply to each text first.
+    vocab_size: the rows of the model's embedding, if there are more of them than tokens.
     default_system: the system prompt of a dialogue that has none, as the model was trained.
     """
 
     def __init__(self, name="nanoism", ranks=None, pattern=PATTERN, special=None, layout=LAYOUT,
                  spoken=(), normalize=str, vocab_size=0, default_system=""):
-        foreign = [pattern, special] if ranks else []  # what, beside the ranks, tells two of these apart
+        # What tells two tokenizers of one name apart, beside their ranks.
+        foreign = [pattern, special] if ranks else []
         if ranks is None:
             ranks, pattern, others = load_named(name)
             n = max([*ranks.values(), *others.values()]) + 1
             added = [layout["header"].format(role=role) for role in ROLES] + [layout["end"]]
             special = {**others, **{token: n + i for i, token in enumerate(added)}}
-        # A special token may be an ordinary one too, under the same id.
-        others = [i for token, i in special.items() if ranks.get(token.encode()) != i]
-        ids = [*ranks.values(), *others]
-        # tiktoken panics or hangs where these do not hold.
-        if not all(type(i) is int and 0 <= i < 1 << 21 for i in ids) or len({*ids}) < len(ids):
-            raise ValueError(f"the tokenizer '{name}' is damaged: an id is there twice, or is no number from 0 to {1 << 21:,}")
-        if "" in special or b"" in ranks or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError(f"the tokenizer '{name}' is damaged: a token is empty, or a byte has none")
-        self.encoding = tiktoken.Encoding(f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        check_encoding(name, ranks, special)
+        self.encoding = tiktoken.Encoding(
+            f"{name}-chat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
         self.normalize, self.spoken = normalize, set(spoken)
         self.default_system = default_system
         self.vocab_size = vocab_size or max([*ranks.values(), *special.values()]) + 1
-        fixed = lambda text: self.encoding.encode(text, allowed_special="all")
+
+        def fixed(text):
+            return self.encoding.encode(text, allowed_special="all")
+
         self.openings = {role: fixed(layout["header"].format(role=role)) for role in ROLES}
-        self.headers = {role: opening[0] for role, opening in self.openings.items()}  # the special tokens of the roles
+        self.headers = {role: tokens[0] for role, tokens in self.openings.items()}
         self.begin, self.after = fixed(layout["begin"]), fixed(layout["after"])
         self.end = self.encoding.encode_single_token(layout["end"])
         sayable = {*ranks.values(), self.end, *(special[token] for token in self.spoken)}
         self.unsayable = sorted({*range(self.vocab_size)} - sayable)  # never to be sampled
         self.longest = max(map(len, ranks))  # bytes of the longest token
-        self.identity = f"{name} {zlib.crc32(repr([*sorted(ranks.items()), *foreign]).encode()):08x}"
+        checksum = zlib.crc32(repr([*sorted(ranks.items()), *foreign]).encode())
+        self.identity = f"{name} {checksum:08x}"
 
     def encode(self, text):
-        """Text -> its token ids, a list; the spelling of a special token is text, unless it is among the spoken ones."""
+        """Text -> its token ids, a list.
+
+        A special token that is spelled in the text is plain text, unless it is a spoken one.
+        """
         tokens = []
         for part in bounded(self.normalize(text)):
             tokens += self.encoding.encode(part, allowed_special=self.spoken, disallowed_special=())
         return [token for token in tokens if token < self.vocab_size]
 
     def encode_given(self, messages, header=True):
-        """A run of given messages -> the tokens of the query segment, which ends with the answer's header if that is wanted.
+        """A run of given messages -> the tokens of the query segment.
 
-        In a dialogue `begin` stands before the first query, and `after` before each query behind an answer.
+        It ends with the header of the answer, if that is wanted. In a dialogue `begin` stands
+        before the first query, and `after` before each query behind an answer.
         """
         tokens = []
         for message in messages:
-            tokens += [*self.openings[message["role"]], *self.encode(message["content"]), self.end, *self.after]
-        return tokens + self.openings["assistant"] * header
+            tokens += self.openings[message["role"]]
+            tokens += self.encode(message["content"])
+            tokens += [self.end, *self.after]
+        if header:
+            tokens += self.openings["assistant"]
+        return tokens
 
     def encode_answer(self, text):
         """An answer's text -> the tokens of the answer segment, which ends with <|end|>."""
         return self.encode(text) + [self.end]
 
     def encode_dialogue(self, messages):
-        """[{"role": ..., "content": ...}, ...] -> (tokens, segments), two lists of integers of one length.
+        """[{"role": ..., "content": ...}, ...] -> (tokens, segments), two lists of one length.
 
-        Just what a chat over these messages holds in its cache. Neighbouring given messages are one query.
+        A chat over these messages holds just that in its cache. Given messages that follow one
+        another are one query.
         """
         if self.default_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
-        tokens, segments, given, segment, opening = [], [], [], 1, self.begin
+        tokens, segments, given = [], [], []
+        segment, opening = 1, self.begin
         for message in messages:
             if message["role"] != "assistant" or message.get("given"):
                 given.append(message)
                 continue
-            for part in (opening + self.encode_given(given), self.encode_answer(message["content"])):
+            query = opening + self.encode_given(given)
+            answer = self.encode_answer(message["content"])
+            for part in (query, answer):
                 tokens += part
                 segments += [segment] * len(part)
                 segment += 1
@@ -130,6 +149,19 @@ class Tokenizer:
         return self.encoding.decode(tokens, errors="replace")
 
 
+def check_encoding(name, ranks, special):
+    """ValueError for what tiktoken would panic or hang at."""
+    damaged = f"the tokenizer '{name}' is damaged"
+    most = 1 << 21
+    # A special token may be an ordinary one too, under the same id.
+    others = [i for token, i in special.items() if ranks.get(token.encode()) != i]
+    ids = [*ranks.values(), *others]
+    if not all(type(i) is int and 0 <= i < most for i in ids) or len({*ids}) < len(ids):
+        raise ValueError(f"{damaged}: an id is there twice, or is no number from 0 to {most:,}")
+    if "" in special or b"" in ranks or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(f"{damaged}: a token is empty, or a byte has none")
+
+
 def bounded(text):
     """A text in parts that make it up, cut only within runs of more than LONGEST_RUN characters."""
     if len(text) <= LONGEST_RUN:
@@ -144,26 +176,35 @@ def bounded(text):
 
 @functools.cache
 def load_named(name):
-    """(ranks, pattern, special tokens) of "nanoism" or of a tiktoken encoding. ValueError if it cannot be had."""
+    """(ranks, pattern, special tokens) of "nanoism" or of a tiktoken encoding.
+
+    ValueError if it cannot be had.
+    """
     if name == "nanoism":
         return read_ranks(RANKS), PATTERN, {}
     try:
         base = tiktoken.get_encoding(name)
     except Exception as error:  # unknown names and failed downloads come as many types
-        raise ValueError(f"tokenizer '{name}' cannot be loaded ({type(error).__name__}); 'nanoism' needs no "
-                         f"download, others are {', '.join(tiktoken.list_encoding_names())}") from None
+        why = f"tokenizer '{name}' cannot be loaded ({type(error).__name__})"
+        others = ", ".join(tiktoken.list_encoding_names())
+        raise ValueError(f"{why}; 'nanoism' needs no download, others are {others}") from None
     return base._mergeable_ranks, base._pat_str, base._special_tokens
 
 
 def read_ranks(path):
-    """{bytes: rank} of a file with a line for each token, its bytes in base 64 and its rank. ValueError if it is damaged."""
+    """{bytes: rank} of a file that has a line for each token: its bytes in base 64 and its rank.
+
+    ValueError if it is damaged.
+    """
     try:
         pairs = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
-        raise ValueError(f"{path} is no rank file: a line is not a token in base 64 and its rank") from None
+        what = "a line is not a token in base 64 and its rank"
+        raise ValueError(f"{path} is no rank file: {what}") from None
     if len(ranks) < len(pairs) or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path} is damaged: a token or a rank stands in it twice, or a rank is left out")
+        what = "a token or a rank stands in it twice, or a rank is left out"
+        raise ValueError(f"{path} is damaged: {what}")
     return ranks
 
 
@@ -174,9 +215,10 @@ def pieces(text):
 
 
 def train_ranks(text, n):
-    """Byte-pair encoding: 256 bytes, then n - 256 times the most frequent neighbouring pair, merged."""
-    counts = collections.Counter(pieces(text))
-    words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in counts.items()}
+    """Byte-pair encoding: 256 bytes, then n - 256 times the most frequent pair, merged."""
+    words = {}
+    for piece, count in collections.Counter(pieces(text)).items():
+        words[tuple(bytes([byte]) for byte in piece.encode())] = count
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < n:
         pairs = collections.Counter()
@@ -189,9 +231,12 @@ def train_ranks(text, n):
         for word, count in words.items():
             new, i = [], 0
             while i < len(word):
-                both = word[i:i + 2] == (left, right)
-                new.append(left + right if both else word[i])
-                i += 1 + both
+                if word[i : i + 2] == (left, right):
+                    new.append(left + right)
+                    i += 2
+                else:
+                    new.append(word[i])
+                    i += 1
             merged[tuple(new)] = merged.get(tuple(new), 0) + count
         words = merged
     return ranks

@@ -181,6 +181,7 @@ def finetune(s):
 
 
 def main():
+    machine.end_as_interrupted()
     memory = "lower --batch_size or --block_size, raise --grad_accum, or set --checkpointing"
     stopped = "stopped; --resume goes on from the last checkpoint, one each --eval_interval steps"
     with machine.errors_in_one_line(memory, stopped):
@@ -188,9 +189,9 @@ def main():
         if s.memory:
             return table()
         metrics = finetune(s)
-    if RANK == 0:
-        report(metrics)
-        print(f"\nchat with it: python sample.py --ckpt {shlex.quote(s.out_dir)}")
+        if RANK == 0:
+            report(metrics)
+            print(f"\nchat with it: python sample.py --ckpt {shlex.quote(s.out_dir)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ See it win: the same small GPT learns a game under causal and under ISM, side by
 Both models start from the same weights and see the same games, as many of them. The games are of
 symbols, since a sentence tells less a token. Two of them:
 
-    links     A>B F>G B>C ... in any order, three chains of four. Then eight questions: what is n
+    links     A>B F>G B>C ... in any order, three chains of four. Then 18 questions: what is n
               steps after A? One step asks for a link that was read. Two ask for a link of a link.
     missing   two lists: which item of the first is not in the second?
 
@@ -57,10 +57,12 @@ def links(rng):
     told = [[LINK, x, y] for chain in chains for x, y in zip(chain, chain[1:])]
     rng.shuffle(told)
     query = sum(told, [])
-    for _ in range(8):
-        chain, n = rng.choice(chains), rng.randint(1, 3)
-        start = rng.randint(0, 3 - n)
-        yield [*query, ASK + n, chain[start]], chain[start + n]
+    # Each question once: what was answered before is of no use.
+    asked = [(ASK + n, chain[i], chain[i + n])
+             for chain in chains for n in (1, 2, 3) for i in range(4 - n)]
+    rng.shuffle(asked)
+    for ask, start, end in asked:
+        yield [*query, ask, start], end
         query = []
 
 
@@ -142,10 +144,11 @@ def run_one(race, name, seed, tell):
     """Train one runner -> its record. tell(step, {kind: share right}) is called after each step."""
     mask, twice = race.runners()[name]
     s = Settings(
-        mask=mask, seed=seed, n_layer=race.layers, max_iters=race.steps, batch_size=8,
-        learning_rate=5e-3, decay=0.0, device="cpu", dtype="float32",
+        mask=mask, seed=seed, n_layer=race.layers, n_embd=96, n_head=2, max_iters=race.steps,
+        batch_size=8, learning_rate=8e-3, decay=0.0, eval_interval=race.steps, device="cpu",
+        dtype="float32",
     )
-    games = Games(race.task, 40 * race.steps, f"train {seed}", twice)
+    games = Games(race.task, 25 * race.steps, f"train {seed}", twice)
     held_out = Games(race.task, 250, f"held out {seed}", twice)
     groups = held_out.groups()
     curves = {kind: [] for kind in groups}

@@ -16,6 +16,7 @@ a LLaMA back into their order.
 import importlib.util
 import json
 import pathlib
+import shlex
 import shutil
 import sys
 
@@ -272,7 +273,8 @@ def write_folder(path, folder, dtype):
 def convert(path, out, dtype):
     """Make the folder `out` of a GGUF file, whole or not at all. ValueError for what cannot be."""
     if out.exists():
-        raise ValueError(f"{out} is there already; chat with it (python sample.py --ckpt {out}), "
+        chat = f"python sample.py --ckpt {shlex.quote(str(out))}"
+        raise ValueError(f"{out} is there already; chat with it ({chat}), "
                          "or choose another --out_dir")
     partial = out.with_name(out.name + ".partial")  # takes its name when all is there
     shutil.rmtree(partial, ignore_errors=True)
@@ -333,7 +335,8 @@ def main():
             return measure(out)
         path = pathlib.Path(a.file or pathlib.Path(package.submodule_search_locations[0]) / FILE)
         convert(path, out, a.dtype)
-    print(f"{out} is written. Chat with it: python sample.py --ckpt {out}")
+        told = f"python sample.py --ckpt {shlex.quote(str(out))}"
+        print(f"{out} is written. Chat with it: {told}")
 
 
 if __name__ == "__main__":

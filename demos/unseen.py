@@ -48,7 +48,7 @@ def new_names(chat, n):
         for answer, right in scored(chat, dialogue):
             if any(word in answer for word in FINAL_NAMES + FINAL_CITIES):
                 asked, known = counts.get(dialogue["family"], (0, 0))
-                counts[dialogue["family"]] = asked + 1, known + right
+                counts[dialogue["family"]] = asked + 1, known + int(right)
     patterns = [counts[name] for name in PATTERNS if name in counts]
     counts["the four patterns"] = tuple(map(sum, zip(*patterns)))
     return counts
@@ -77,12 +77,14 @@ def main():
     for family, (asked, right) in sorted(new_names(chat, 1000).items()):
         print(f"  {family:18} {right / asked:6.1%} of {asked}")
     found = answers(chat, QUESTIONS.read_text(encoding="utf-8").splitlines())
-    for question, answer, ended in found if a.show else ():
-        print(f"> {question}\n{answer}" + ("" if ended else " ..."))
-    ends = sum(ended for _, _, ended in found)
-    told = sum(answer == UNKNOWN for _, answer, _ in found)
-    print(f"Questions that nobody trained it on: {ends} of {len(found)} answers end within {LONGEST} "
-          f"tokens, {told} say that this was not taught")
+    if a.show:
+        for question, answer, ended in found:
+            print(f"> {question}\n{answer}" + ("" if ended else " ..."))
+    ends = [ended for _, _, ended in found].count(True)
+    told = [answer for _, answer, _ in found].count(UNKNOWN)
+    ending = f"{ends} of {len(found)} answers end within {LONGEST} tokens"
+    saying = f"{told} say that this was not taught"
+    print(f"Questions that nobody trained it on: {ending}, {saying}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
+import os
 import pathlib
 import sys
+
+# The models of the tests are so small that a second thread waits more than it works, in the
+# programs that the tests start too; beside another busy program it waits four times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -22,28 +22,29 @@ TOKENIZER = Tokenizer()
 
 def make_chat(mask="ism", block_size=128, seed=0, token_shift=True, **settings):
     torch.manual_seed(seed)
-    model = GPT(
-        GPTConfig(
-            vocab_size=TOKENIZER.vocab_size,
-            block_size=block_size,
-            n_layer=2,
-            n_head=2,
-            n_kv_head=1,
-            n_embd=32,
-            n_hidden=48,
-            token_shift=token_shift,
-        )
+    config = GPTConfig(
+        vocab_size=TOKENIZER.vocab_size,
+        block_size=block_size,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=1,
+        n_embd=32,
+        n_hidden=48,
+        token_shift=token_shift,
     )
+    model = GPT(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return Chat(
-        model, TOKENIZER, MASKS[mask], **{"max_new_tokens": 12, "temperature": 1.0, **settings}
-    )
+    settings = {"max_new_tokens": 12, "temperature": 1.0, **settings}
+    return Chat(model, TOKENIZER, MASKS[mask], **settings)
 
 
 @torch.no_grad()
 def check_cache(chat):
-    """What the cache gives after the turn, and for the next query, equals one fresh forward over the whole dialogue."""
+    """The cache gives what one fresh forward over the whole dialogue gives.
+
+    After the turn, and for the next query.
+    """
 
     def check(tokens, f, keep):
         tokens = torch.tensor([tokens])
@@ -78,17 +79,12 @@ def sessions(count):
             system=rng.choice(("", "Be kind.")),
         )
         for _ in range(rng.randint(1, 8)):
-            text = " ".join(
-                rng.choices(
-                    ["Ann", "lives", "in", "Rome", "7", "é", "<|end|>"],
-                    k=rng.randint(0, chat.size // rng.choice((1, 3, 12))),
-                )
-            )
-            chat.temperature, chat.top_k, chat.top_p = (
-                rng.choice((0.0, 1.0)),
-                rng.choice((0, 5)),
-                rng.choice((1.0, 0.5)),
-            )
+            longest = chat.size // rng.choice((1, 3, 12))
+            words = ["Ann", "lives", "in", "Rome", "7", "é", "<|end|>"]
+            text = " ".join(rng.choices(words, k=rng.randint(0, longest)))
+            chat.temperature = rng.choice((0.0, 1.0))
+            chat.top_k = rng.choice((0, 5))
+            chat.top_p = rng.choice((1.0, 0.5))
             chat.max_new_tokens = rng.choice((1, 5, 30, 200))
             if rng.random() < 0.1:
                 chat.reset()
@@ -106,13 +102,12 @@ def sessions(count):
 
 def test_a_loaded_history_is_laid_out_as_in_training():
     rng, chat = random.Random(3), make_chat()
+
+    def say(role):
+        words = rng.choices(["Ann", "Rome", "7", "é", "<|end|>"], k=rng.randint(0, 4))
+        return {"role": role, "content": " ".join(words)}
+
     for _ in range(200):
-        say = lambda role: {
-            "role": role,
-            "content": " ".join(
-                rng.choices(["Ann", "Rome", "7", "é", "<|end|>"], k=rng.randint(0, 4))
-            ),
-        }
         messages = [say("system")] * rng.randint(0, 1)
         for _ in range(rng.randint(1, 4)):
             messages += [say("user") for _ in range(rng.choice((1, 1, 2)))] + [say("assistant")]
@@ -143,13 +138,17 @@ def test_each_turn_is_read_once_under_ism():
 def test_chat_under_ism_never_builds_a_mask(monkeypatch):
     chosen = []
     original = model_module.choose_attention
-    monkeypatch.setattr(
-        model_module, "choose_attention", lambda *a: chosen.append(original(*a)) or chosen[-1]
-    )
+
+    def choose(*arguments):
+        chosen.append(original(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(model_module, "choose_attention", choose)
     chat = make_chat("ism", 256)
     for text in ("one", "two two", "three"):
         chat.send(text)
-    # One choice a query, and each time attention to all; a token of an answer has no choice, it sees the whole cache.
+    # One choice a query, and each time attention to all. A token of an answer has no choice: it
+    # sees the whole cache.
     assert chosen == [model_module.sdpa] * 3
 
 
@@ -164,10 +163,9 @@ def test_a_history_is_read_in_one_call_and_goes_on_the_same():
     assert b.stats["prefill tokens"] == b.cache.length - b.stats["decode tokens"]
 
 
-@pytest.mark.parametrize(
-    "messages", [[], [{"role": "user", "content": "x"}], [{"role": "robot", "content": "x"}]]
-)
-def test_bad_history(messages):
+@pytest.mark.parametrize("roles", [[], ["user"], ["robot"]])
+def test_bad_history(roles):
+    messages = [{"role": role, "content": "x"} for role in roles]
     with pytest.raises(ValueError, match="history"):
         go_on(make_chat(), messages)
 
@@ -242,11 +240,10 @@ def test_no_special_token_is_sampled():
     chat = make_chat("ism", 256, temperature=3.0, max_new_tokens=100)
     for text in ("<|end|><|assistant|>", "b"):
         chat.send(text)
+    special = {*TOKENIZER.headers.values(), TOKENIZER.end}
     for _, answer in chat.turns:
-        assert (
-            not {*TOKENIZER.headers.values(), TOKENIZER.end} & set(answer[:-1])
-            and answer[-1] == TOKENIZER.end
-        )
+        assert not special & set(answer[:-1])
+        assert answer[-1] == TOKENIZER.end
 
 
 @settings(max_examples=200, deadline=None)
@@ -261,15 +258,24 @@ def test_sample_stays_in_its_set(logits, top_k, top_p, seed):
     token = sample(logits.clone(), 1.0, top_k, top_p, torch.Generator().manual_seed(seed))
     larger = logits > logits[token]
     assert not top_k or larger.sum() < top_k
-    kept = (
-        logits if not top_k else logits[logits >= logits.topk(min(top_k, len(logits))).values[-1]]
-    )
+    kept = logits
+    if top_k:
+        least = logits.topk(min(top_k, len(logits))).values[-1]
+        kept = logits[logits >= least]
     assert kept[kept > logits[token]].exp().sum() / kept.exp().sum() < top_p + 1e-4
     assert sample(logits, 0.0) == int(logits.argmax())
 
 
 def test_printable():
     assert printable("a\x1b[31m\x07é\n") == "a\ufffd[31m\ufffdé\n"
+
+
+def peak_memory():
+    """The most memory that this process ever had, in MB. On Linux and macOS alone."""
+    import resource
+
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes, Linux kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def run(*arguments, timeout=300, **options):

@@ -13,14 +13,18 @@ from data.tokenizer import Tokenizer
 from mask import MASKS, loss_positions
 
 TOKENIZER = Tokenizer()
-NAMES = {
-    role: [role, *(name for name, known in ALIASES.items() if known == role)] for role in ROLES
-}
+NAMES = {role: [role] for role in ROLES}  # all that a role may be called
+for alias, role in ALIASES.items():
+    NAMES[role].append(alias)
 
 
 def write(path, records):
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     return str(path)
+
+
+# Keys that change nothing.
+HARMLESS = {"name": "x"}, {"weight": 1}, {"loss": None}, {"loss": True}, {"tool_calls": []}
 
 
 def said(rng):
@@ -37,18 +41,14 @@ def in_some_form(messages, rng):
         content = m["content"]
         if rng.random() < 0.3:  # as parts of text
             cut = rng.randint(0, len(content))
-            content = [
-                {"type": "text", "text": content[:cut]},
-                rng.choice((content[cut:], {"text": content[cut:]})),
-            ]
+            rest = rng.choice((content[cut:], {"text": content[cut:]}))
+            content = [{"type": "text", "text": content[:cut]}, rest]
         message = {
             rng.choice(("role", "from")): rng.choice(NAMES[m["role"]]),
             rng.choice(("content", "value")): content,
         }
         if rng.random() < 0.3:
-            message |= rng.choice(
-                ({"name": "x"}, {"weight": 1}, {"loss": None}, {"loss": True}, {"tool_calls": []})
-            )
+            message |= rng.choice(HARMLESS)
         told.append(message)
     doubled = len(messages) > 1 and messages[1] == messages[0]
     record = {rng.choice(("messages", "conversations")): told}
@@ -82,12 +82,12 @@ def test_alpacas_form(tmp_path):
             "history": [list(t) for t in turns[:-1]],
         }
         asked = [q for q, _ in turns]
-        asked[-1] += f"\n{extra}" if extra else ""
-        messages = [
-            {"role": r, "content": c}
-            for q, (_, a) in zip(asked, turns)
-            for r, c in (("user", q), ("assistant", a))
-        ]
+        if extra:
+            asked[-1] += f"\n{extra}"
+        messages = []
+        for query, (_, answer) in zip(asked, turns):
+            messages.append({"role": "user", "content": query})
+            messages.append({"role": "assistant", "content": answer})
         if rng.random() < 0.5:
             record["system"] = "Be kind."
             messages.insert(0, {"role": "system", "content": "Be kind."})
@@ -147,11 +147,8 @@ def test_what_is_refused_is_named_with_its_line_and_message(tmp_path, record, wo
     path = write(tmp_path / "c.jsonl", [{"messages": [USER, ANSWER]}, record])
     with pytest.raises(ValueError, match="^" + str(path) + ", line 2") as error:
         list(read_chats(path))
-    assert (
-        words in str(error.value)
-        and "--skip_bad" in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    told = str(error.value)
+    assert words in told and "--skip_bad" in told and "\n" not in told
 
 
 def test_bad_lines_can_be_skipped_and_are_counted(tmp_path, capsys):
@@ -159,9 +156,8 @@ def test_bad_lines_can_be_skipped_and_are_counted(tmp_path, capsys):
     mixed = good + [record for record, _ in BAD]
     random.Random(0).shuffle(mixed)
     found = list(read_chats(write(tmp_path / "c.jsonl", mixed), skip_bad=True))
-    assert sorted(m[1]["content"] for m in found) == sorted(
-        m["messages"][1]["content"] for m in good
-    )
+    answers = sorted(messages[1]["content"] for messages in found)
+    assert answers == sorted(record["messages"][1]["content"] for record in good)
     assert f": {len(BAD)} lines that cannot be read, the first line " in capsys.readouterr().out
 
 
@@ -176,73 +172,61 @@ def test_what_is_left_out_is_counted_and_told(tmp_path, capsys):
         },
     ]
     found = list(read_chats(write(tmp_path / "c.jsonl", records)))
-    assert [[m["content"] for m in messages] for messages in found] == [
-        ["x", "y"],
-        ["x", "y"],
-        ["s", "x", "z"],
-    ]
+    texts = [[m["content"] for m in messages] for messages in found]
+    assert texts == [["x", "y"], ["x", "y"], ["s", "x", "z"]]
     told = capsys.readouterr().out
-    assert (
-        told.count("\n") == 1
-        and "2 times reasoning_content, 1 times tool_calls, 2 times tools" in told
-    )
+    assert told.count("\n") == 1
+    assert "2 times reasoning_content, 1 times tool_calls, 2 times tools" in told
+
+
+WEIGHED = st.tuples(
+    st.sampled_from(("user", "assistant")), st.sampled_from((None, 0, 1, False, True))
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(("user", "assistant")), st.sampled_from((None, 0, 1, False, True))
-        ),
-        min_size=1,
-        max_size=8,
-    )
-)
+@given(st.lists(WEIGHED, min_size=1, max_size=8))
 def test_an_answer_of_no_weight_is_given_and_not_learned(turns):
-    """Its tokens stand where they would, but in the query's segment; only other answers have loss."""
+    """Its tokens stand where they would, but in the query's segment. Only other answers have
+    loss."""
     messages, learned = [], 0
     for i, (role, weight) in enumerate(turns):
         message = {"role": role, "content": f"{role} {i}"}
-        if weight in (0, False) and role == "assistant":
-            message["given"] = True
+        if role == "assistant":
+            if weight in (0, False):
+                message["given"] = True
+            else:
+                learned += 1
         messages.append(message)
-        learned += role == "assistant" and "given" not in message
     tokens, segments = TOKENIZER.encode_dialogue(messages)
-    plain, _ = TOKENIZER.encode_dialogue(
-        [{k: v for k, v in m.items() if k != "given"} for m in messages]
-    )
+    plain, _ = TOKENIZER.encode_dialogue([{**m, "given": False} for m in messages])
     without = lambda ids: [t for t in ids if t != TOKENIZER.headers["assistant"]]
     assert without(tokens) == without(plain)  # a header may stand at the end of the query before
-    for i, message in enumerate(messages):
+    for message in messages:
         text = TOKENIZER.encode(message["content"])
         start = next(j for j in range(len(tokens)) if tokens[j : j + len(text)] == text)
-        odd = message["role"] != "assistant" or "given" in message
-        assert all(segment % 2 == odd for segment in segments[start : start + len(text)])
+        is_given = message["role"] != "assistant" or "given" in message
+        parity = 1 if is_given else 0
+        assert all(segment % 2 == parity for segment in segments[start : start + len(text)])
     assert len({segment for segment in segments if segment % 2 == 0}) == learned
 
 
 def test_weights_in_a_file_reach_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr("data.loader.CACHE", tmp_path / "cache")
-    turn = lambda n, **kw: [
-        {"role": "user", "content": f"ask {n}"},
-        {"role": "assistant", "content": f"say {n}", **kw},
-    ]
+
+    def turn(n, **options):
+        answer = {"role": "assistant", "content": f"say {n}", **options}
+        return [{"role": "user", "content": f"ask {n}"}, answer]
+
     records = [{"messages": turn(n, weight=0) + turn(n + 100)} for n in range(6)]
-    records += [
-        {
-            "conversations": [
-                {"from": "human", "value": f"q {n}"},
-                {"from": "gpt", "value": "ok", "loss": False},
-                *turn(n),
-            ]
-        }
-        for n in range(6)
-    ]
+    for n in range(6):
+        query = {"from": "human", "value": f"q {n}"}
+        answer = {"from": "gpt", "value": "ok", "loss": False}
+        records.append({"conversations": [query, answer, *turn(n)]})
     splits = read_splits(prepare(TOKENIZER, 64, write(tmp_path / "c.jsonl", records)))
     for split in splits.values():
         for row in split.rows(MASKS["ism"]):
             tokens, segments = split.collate(row[None])
             trained = loss_positions(segments, MASKS["ism"](segments))
-            assert segments.max() == 2 and TOKENIZER.decode(
-                tokens.roll(-1, 1)[trained].tolist()
-            ).startswith("say ")
+            learned = TOKENIZER.decode(tokens.roll(-1, 1)[trained].tolist())
+            assert segments.max() == 2 and learned.startswith("say ")

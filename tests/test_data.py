@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import data.loader as loader
 from data import talk
-from data.dialogues import FAMILIES, PATTERNS, deal, generate, split_of
+from data.dialogues import FAMILIES, deal, generate, split_of
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer, add_words, train_ranks
 from data.words import CITIES, FINAL_CITIES, FINAL_NAMES, HELD_OUT, NAMES, NEW_CITIES, NEW_NAMES
@@ -109,18 +109,19 @@ def test_mixed_dialogues_go_from_one_family_to_another():
             said = [m["content"] for m in messages if m["role"] == "assistant"]
             kinds = [[bool(re.search(ANSWERS[name], answer)) for name in pair] for answer in said]
             assert sorted(kinds) in (kinds, kinds[::-1])
-            assert kinds[0] == kinds[-1][::-1] and sum(kinds[0]) == 1
+            assert kinds[0] == kinds[-1][::-1] and kinds[0].count(True) == 1
 
 
 def test_dialogues_are_interrupted_by_small_talk():
-    """One more turn behind the first, and of the family mixed, so that it is counted for no other."""
+    """One more turn behind the first. The family is then "mixed", so it counts for no other."""
     dialogues = list(generate("train", 1000, families=("refinement", "small talk"), mixed=True))
     answers = {answer for answer, _ in talk.TALK} | {talk.UNKNOWN}
     interrupted = 0
     for d in dialogues:
         said = [m["content"] in answers for m in d["messages"] if m["role"] == "assistant"]
         assert d["family"] != "refinement" or not any(said)
-        interrupted += d["family"] == "mixed" and not said[0] and sum(said) == 1
+        if d["family"] == "mixed" and not said[0] and said.count(True) == 1:
+            interrupted += 1
     assert 30 < interrupted < 150
 
 
@@ -135,7 +136,7 @@ def test_a_family_of_ones_own_is_a_function_and_an_entry(cache, monkeypatch):
     split = Split(prepare(TOKENIZER, 256, n_dialogues=20, families=("echo",)), "new_words")
     assert split.family_names == ["echo"]
     told = TOKENIZER.decode(split.tokens[: split.offsets[1]].tolist())
-    assert sum(name in told for name in NEW_NAMES) == 3
+    assert len([name for name in NEW_NAMES if name in told]) == 3
 
 
 def numbers(text):
@@ -189,11 +190,9 @@ def test_expansion_answers_stand_in_a_sentence_that_was_told():
         for m in d["messages"]:
             if m["role"] == "user":
                 told += m["content"].split(". ")
-            for said in (
-                m["content"][:-1].split(". ")
-                if m["role"] == "assistant" and "Added" not in m["content"]
-                else ()
-            ):
+            if m["role"] != "assistant" or "Added" in m["content"]:
+                continue
+            for said in m["content"][:-1].split(". "):
                 person, *_, value = said.removesuffix(" years old").split()
                 assert any(person in sentence and value in sentence for sentence in told)
 
@@ -207,7 +206,8 @@ def test_a_greeting_may_come_first():
     dialogues = generate("train", 500, families=("recollection",))
     first = [d["messages"][0]["content"] for d in dialogues]
     greetings = {simple(query) for _, queries in talk.TALK for query in queries}
-    assert 50 < sum(simple(query) in greetings for query in first) < 150
+    greeted = [query for query in first if simple(query) in greetings]
+    assert 50 < len(greeted) < 150
 
 
 def test_the_unseen_questions_are_not_trained_on():
@@ -243,18 +243,15 @@ def test_names_are_cut_into_pieces_that_are_known_well():
 @settings(max_examples=500, deadline=None)
 @given(st.text())
 def test_any_text_round_trips(text):
-    assert TOKENIZER.decode(TOKENIZER.encode_answer(text)[:-1]) == text.encode(
-        "utf-16", "surrogatepass"
-    ).decode("utf-16", "replace")
+    # Half a surrogate pair is no text, and becomes U+FFFD.
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert TOKENIZER.decode(TOKENIZER.encode_answer(text)[:-1]) == whole
 
 
 def test_every_byte_is_a_token_and_digits_are_single():
     ranks = TOKENIZER.encoding._mergeable_ranks
-    assert (
-        all(bytes([b]) in ranks for b in range(256))
-        and len(ranks) == 1276
-        and TOKENIZER.vocab_size == 1280
-    )
+    assert all(bytes([b]) in ranks for b in range(256))
+    assert len(ranks) == 1276 and TOKENIZER.vocab_size == 1280
     assert all(len(TOKENIZER.encoding.encode_ordinary(str(10**n))) == n + 1 for n in range(12))
 
 
@@ -267,28 +264,25 @@ def test_special_tokens_cannot_be_typed(parts):
     text = "".join(parts)
     ids = {TOKENIZER.end, *TOKENIZER.headers.values()}
     assert not ids & set(TOKENIZER.encode_answer(text)[:-1])
-    tokens, _ = TOKENIZER.encode_dialogue(
-        [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    )
-    assert sum(t in ids for t in tokens) == 4  # <|user|>, <|end|>, <|assistant|>, <|end|>
+    messages = [{"role": role, "content": text} for role in ("user", "assistant")]
+    tokens, _ = TOKENIZER.encode_dialogue(messages)
+    assert len([t for t in tokens if t in ids]) == 4  # <|user|>, <|end|>, <|assistant|>, <|end|>
 
 
 def test_layout():
     def shape(*roles):
-        tokens, segments = TOKENIZER.encode_dialogue(
-            [{"role": role, "content": "x"} for role in roles]
-        )
+        messages = [{"role": role, "content": "x"} for role in roles]
+        tokens, segments = TOKENIZER.encode_dialogue(messages)
         return TOKENIZER.decode(tokens), "".join(map(str, segments))
 
     assert shape("user", "assistant") == ("<|user|>x<|end|><|assistant|>x<|end|>", "111122")
-    assert shape("system", "user", "user", "assistant", "user") == (
-        "<|system|>x<|end|><|user|>x<|end|><|user|>x<|end|><|assistant|>x<|end|><|user|>x<|end|><|assistant|>",
-        "1" * 10 + "22" + "3333",
-    )
-    assert shape("assistant", "assistant") == (
-        "<|assistant|>x<|end|><|assistant|>x<|end|>",
-        "122344",
-    )
+    given = "<|system|>x<|end|><|user|>x<|end|><|user|>x<|end|><|assistant|>"
+    answer, query = "x<|end|>", "<|user|>x<|end|><|assistant|>"
+    text, segments = shape("system", "user", "user", "assistant", "user")
+    assert text == given + answer + query
+    assert segments == "1" * 10 + "22" + "3333"
+    text, segments = shape("assistant", "assistant")
+    assert text == "<|assistant|>x<|end|><|assistant|>x<|end|>" and segments == "122344"
     assert TOKENIZER.encode_dialogue([]) == ([], [])
 
 
@@ -354,14 +348,20 @@ def write(path, lines):
 
 
 def chat(n, words="hello"):
-    return json.dumps(
-        {
-            "messages": [
-                {"role": "user", "content": f"{words} {n}"},
-                {"role": "assistant", "content": f"yes {n}"},
-            ]
-        }
-    )
+    query = {"role": "user", "content": f"{words} {n}"}
+    answer = {"role": "assistant", "content": f"yes {n}"}
+    return json.dumps({"messages": [query, answer]})
+
+
+def random_chats(n, most):
+    """n chats of one to three turns, a line each; up to `most` times "hello" in a query."""
+    rng, lines = random.Random(0), []
+    for number in range(n):
+        messages = []
+        for _ in range(rng.randint(1, 3)):
+            messages += json.loads(chat(number, "hello " * rng.randint(1, most)))["messages"]
+        lines.append(json.dumps({"messages": messages}))
+    return lines
 
 
 def test_own_chats(cache):
@@ -393,15 +393,12 @@ def test_a_bad_line_is_reported_by_its_number(cache, line):
 
 
 def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
-    long = {
-        "messages": [{"role": r, "content": "a b c d e f g h"} for r in ("user", "assistant") * 6]
-    }
-    none = {
-        "messages": [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
-    }
-    path = write(
-        cache / "chats.jsonl", [chat(n) for n in range(30)] + [json.dumps(long), json.dumps(none)]
-    )
+    roles = ("user", "assistant") * 6
+    long = [{"role": role, "content": "a b c d e f g h"} for role in roles]
+    none = [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
+    lines = [chat(n) for n in range(30)]
+    lines += [json.dumps({"messages": messages}) for messages in (long, none)]
+    path = write(cache / "chats.jsonl", lines)
     folder = prepare(TOKENIZER, 64, data=path)
     assert "1 dialogues were cut" in capsys.readouterr().out
     for name in ("train", "val", "test"):
@@ -412,49 +409,39 @@ def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
 
 def test_dialogues_without_an_answer_are_left_out(cache, capsys):
     """A batch of them would have no loss, and a mean over nothing is NaN."""
-    alone = [
-        json.dumps({"messages": [{"role": "user", "content": f"Anyone? {n}"}]}) for n in range(40)
-    ]
+    queries = [{"role": "user", "content": f"Anyone? {n}"} for n in range(40)]
+    alone = [json.dumps({"messages": [query]}) for query in queries]
     path = write(cache / "chats.jsonl", alone + [chat(n) for n in range(20)])
     folder = prepare(TOKENIZER, 64, path)
     kept = [Split(folder, name) for name in ("train", "val", "test")]
-    assert (
-        sum(len(split.families) for split in kept) == 20
-        and "40 had no answer that fits" in capsys.readouterr().out
-    )
+    assert sum(len(split.families) for split in kept) == 20
+    assert "40 had no answer that fits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="0 different dialogues with an answer that fits"):
         prepare(TOKENIZER, 64, write(cache / "alone.jsonl", alone))
 
 
 def test_sharegpt_and_tools_are_the_same_chats(tmp_path):
-    """A chat in ShareGPT's form, and one with a tool's results, are read as what they say in the form of OpenAI."""
-    rng, names = (
-        random.Random(0),
-        {
-            "system": ["system"],
-            "user": ["human", "user", "tool", "observation"],
-            "assistant": ["gpt", "assistant"],
-        },
-    )
-    chats = [
-        [
-            {"role": rng.choice(list(names)), "content": rng.choice(("", "hi", "<|end|>", "é 3"))}
-            for _ in range(rng.randint(1, 6))
-        ]
-        for _ in range(200)
-    ]
-    share = [
-        {
-            "conversations": [
-                {"from": rng.choice(names[m["role"]]), "value": m["content"]} for m in chat
-            ]
-        }
-        for chat in chats
-    ]
-    ours = [
-        {"messages": [{**m, "role": rng.choice(names[m["role"]]), "name": "x"} for m in chat]}
-        for chat in chats
-    ]
+    """A chat in ShareGPT's form, or with a tool's results, is read as the same one in OpenAI's."""
+    rng = random.Random(0)
+    names = {
+        "system": ["system"],
+        "user": ["human", "user", "tool", "observation"],
+        "assistant": ["gpt", "assistant"],
+    }
+
+    def said():
+        role = rng.choice(list(names))
+        return {"role": role, "content": rng.choice(("", "hi", "<|end|>", "é 3"))}
+
+    def shared(m):
+        return {"from": rng.choice(names[m["role"]]), "value": m["content"]}
+
+    def named(m):
+        return {**m, "role": rng.choice(names[m["role"]]), "name": "x"}
+
+    chats = [[said() for _ in range(rng.randint(1, 6))] for _ in range(200)]
+    share = [{"conversations": [shared(m) for m in chat]} for chat in chats]
+    ours = [{"messages": [named(m) for m in chat]} for chat in chats]
     for form in (share, ours):
         (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, form)), encoding="utf-8")
         assert list(loader.read_chats(tmp_path / "c.jsonl")) == chats

@@ -1,4 +1,7 @@
-"""From a checkpoint folder to a fine-tuned one: parts of a batch, checkpointing, annealing, LoRA, saving, memory, processes."""
+"""From a checkpoint folder to a fine-tuned one.
+
+Parts of a batch, checkpointing, annealing, LoRA, saving, memory.
+"""
 
 import copy
 import json
@@ -11,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_chat import run
-from test_data import chat
+from test_data import random_chats, write
 from test_model import VARIANTS, dialogue
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,21 +57,18 @@ FOLDER = dict(
 
 
 def make_folder(folder, **options):
-    """A random checkpoint in the Hugging Face format: a Qwen2 whose tokens are the bytes and those of ChatML."""
+    """A random checkpoint in the Hugging Face format: a Qwen2.
+
+    Its tokens are the bytes and those of ChatML.
+    """
     folder.mkdir(parents=True)
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "tie_word_embeddings": True,
-        **FOLDER,
-        **options,
-    }
+    config = {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
+    config |= {**FOLDER, **options}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.json").write_text(json.dumps(SYMBOLS))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {
-        256 + i: {"content": t, "special": True}
-        for i, t in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    }
+    tokens = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+    special = {256 + i: {"content": t, "special": True} for i, t in enumerate(tokens)}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
     torch.manual_seed(0)
     model = GPT(read_config(folder))
@@ -86,22 +86,7 @@ def chats(tmp_path, monkeypatch):
     import data.loader
 
     monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
-    path = tmp_path / "chats.jsonl"
-    rng = random.Random(0)
-    dialogues = [
-        sum(
-            (
-                json.loads(chat(n, "hello " * rng.randint(1, 3)))["messages"]
-                for _ in range(rng.randint(1, 3))
-            ),
-            [],
-        )
-        for n in range(60)
-    ]
-    path.write_text(
-        "\n".join(json.dumps({"messages": messages}) for messages in dialogues), encoding="utf-8"
-    )
-    return str(path)
+    return write(tmp_path / "chats.jsonl", random_chats(60, 3))
 
 
 def losses(**settings):
@@ -113,16 +98,15 @@ def losses(**settings):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_parts_add_up_to_the_batch(tmp_path, chats, mask):
-    """20 steps in 1, 2, 3 and more parts than there are rows: the same losses, and the same weights at the end."""
+    """20 steps in 1, 2, 3 and more parts than there are rows: the same losses and weights."""
     s = dict(TINY, data=chats, mask=mask, max_iters=20, out_dir=str(tmp_path))
     whole = losses(**s)
     weights = load_checkpoint(tmp_path / "ckpt.pt")["model"]
     for parts in (2, 3, 50):
         assert (losses(grad_accum=parts, **s) - whole).abs().max() < 1e-5
         other = load_checkpoint(tmp_path / "ckpt.pt")["model"]
-        assert all(
-            (weights[name] - other[name]).abs().max() < 1e-3 for name in weights
-        )  # Adam divides by what may be small
+        # Not closer: Adam divides by what may be small.
+        assert all((weights[name] - other[name]).abs().max() < 1e-3 for name in weights)
 
 
 def gradients_of(model, tokens, f):
@@ -142,10 +126,14 @@ class Live(TorchDispatchMode):
 
     def count(self, tensors):
         for t in tree_leaves(tensors):
-            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage()) not in self.known:
-                self.known[storage] = storage.nbytes()
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
+            if not isinstance(t, torch.Tensor):
+                continue
+            storage = t.untyped_storage()
+            if storage in self.known:
+                continue
+            self.known[storage] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.live)
 
     def free(self, n):
@@ -161,17 +149,8 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            vocab_size=50,
-            block_size=96,
-            n_layer=6,
-            n_head=4,
-            n_embd=32,
-            n_hidden=48,
-            **VARIANTS[variant],
-        )
-    )
+    sizes = dict(vocab_size=50, block_size=96, n_layer=6, n_head=4, n_embd=32, n_hidden=48)
+    model = GPT(GPTConfig(**sizes, **VARIANTS[variant]))
     rng = random.Random(1)
     twin = copy.deepcopy(model)
     recompute_blocks(twin)
@@ -180,10 +159,8 @@ def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
         f = list(MASKS.values())[number % 3](segments)
         results, peaks = [], []
         for each in (model, twin):
-            with (
-                Live(*each.parameters()) as live,
-                torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-            ):
+            autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+            with Live(*each.parameters()) as live, autocast:
                 results.append(gradients_of(each, tokens, f))
             peaks.append(live.peak)
             each.zero_grad()
@@ -197,28 +174,22 @@ def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
 def test_an_annealed_mask_lies_between_and_does_not_leak(name):
     rng, mask = random.Random(2), MASKS[name]
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            vocab_size=50, block_size=96, n_layer=3, n_head=2, n_kv_head=2, n_embd=16, n_hidden=24
-        )
-    ).eval()
+    sizes = dict(vocab_size=50, block_size=96, n_layer=3, n_head=2, n_embd=16, n_hidden=24)
+    model = GPT(GPTConfig(n_kv_head=2, **sizes)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     for _ in range(30):
         tokens, segments = dialogue(rng)
-        steps = [
-            annealed(mask, share)(segments)
-            for share in (0, *sorted(rng.random() for _ in range(3)), 1)
-        ]
+        shares = [0, *sorted(rng.random() for _ in range(3)), 1]
+        steps = [annealed(mask, share)(segments) for share in shares]
         assert torch.equal(steps[0], causal(segments)) and torch.equal(steps[-1], mask(segments))
         assert all((a <= b).all() for a, b in zip(steps, steps[1:]))
         f = rng.choice(steps)
-        at = loss_positions(segments, f)[0].nonzero()[:, 0]
-        assert set(loss_positions(segments, mask(segments))[0].nonzero()[:, 0].tolist()) <= set(
-            at.tolist()
-        )
-        if len(at):
-            j = int(rng.choice(at.tolist()))
+        at = loss_positions(segments, f)[0].nonzero()[:, 0].tolist()
+        at_the_end = loss_positions(segments, mask(segments))[0].nonzero()[:, 0].tolist()
+        assert set(at_the_end) <= set(at)
+        if at:
+            j = rng.choice(at)
             changed = tokens.clone()
             changed[0, j + 1 :] = (changed[0, j + 1 :] + 1) % 50
             with torch.no_grad():
@@ -248,17 +219,8 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(tmp_path):
     rng = random.Random(3)
     for number in range(12):
         torch.manual_seed(number)
-        model = GPT(
-            GPTConfig(
-                vocab_size=50,
-                block_size=96,
-                n_layer=2,
-                n_head=4,
-                n_embd=32,
-                n_hidden=48,
-                **rng.choice(list(VARIANTS.values())),
-            )
-        )
+        sizes = dict(vocab_size=50, block_size=96, n_layer=2, n_head=4, n_embd=32, n_hidden=48)
+        model = GPT(GPTConfig(**sizes, **rng.choice(list(VARIANTS.values()))))
         tokens, segments = dialogue(rng)
         f = MASKS["ism"](segments)
         names, before = list(model.state_dict()), model(tokens, f)
@@ -267,9 +229,8 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(tmp_path):
         merge_lora(model)
         layers = random_lora(model, rng)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert len(trained) == 2 * 2 * len(layers) and all(
-            name.endswith((".A", ".B")) for name in trained
-        )
+        assert len(trained) == 2 * 2 * len(layers)
+        assert all(name.endswith((".A", ".B")) for name in trained)
         tuned = model(tokens, f)
         gradients_of(model, tokens, f)
         assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
@@ -290,43 +251,29 @@ FAST = dict(
 
 
 def test_train_from_a_folder(tmp_path, chats):
-    """The weights and the tokenizer are the folder's; what comes out chats, also from another place without the folder."""
-    folder = make_folder(tmp_path / "folder")
+    """The weights and the tokenizer are the folder's.
+
+    What comes out chats, also from another place and without the folder.
+    """
+    folder, out = make_folder(tmp_path / "folder"), tmp_path / "out"
     start = from_pretrained(folder, 64).state_dict()
-    train(
-        Settings(
-            **{**FAST, "learning_rate": 1e-9},
-            data=chats,
-            init_from=str(folder),
-            out_dir=str(tmp_path / "out"),
-        )
-    )
-    state = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    s = dict(FAST, data=chats, init_from=str(folder), out_dir=str(out))
+    train(Settings(**{**s, "learning_rate": 1e-9}))
+    state = load_checkpoint(out / "ckpt.pt")
     assert all((state["model"][name] - p).abs().max() < 1e-6 for name, p in start.items())
     assert state["tokenizer"] == load_tokenizer(folder).identity
-    train(Settings(**FAST, data=chats, init_from=str(folder), out_dir=str(tmp_path / "out")))
-    whole = load_checkpoint(tmp_path / "out" / "ckpt.pt")["model"]
+    train(Settings(**s))
+    whole = load_checkpoint(out / "ckpt.pt")["model"]
     assert any((whole[name] - p).abs().max() > 1e-3 for name, p in start.items())
-    train(
-        Settings(
-            **{**FAST, "max_iters": 8},
-            data=chats,
-            init_from=str(folder),
-            out_dir=str(tmp_path / "out"),
-            resume=True,
-        )
-    )
-    said = load_chat(tmp_path / "out" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send(
-        "hello 5"
-    )
-    shutil.move(tmp_path / "out", tmp_path / "moved")
+    train(Settings(**{**s, "max_iters": 8}, resume=True))
+
+    def answer(path):
+        return load_chat(path, "cpu", "float32", max_new_tokens=8).send("hello 5")
+
+    said = answer(out / "ckpt.pt")
+    shutil.move(out, tmp_path / "moved")
     shutil.rmtree(folder)
-    assert (
-        load_chat(tmp_path / "moved" / "ckpt.pt", "cpu", "float32", max_new_tokens=8).send(
-            "hello 5"
-        )
-        == said
-    )
+    assert answer(tmp_path / "moved" / "ckpt.pt") == said
 
 
 @pytest.mark.parametrize(
@@ -339,30 +286,30 @@ def test_train_from_a_folder(tmp_path, chats):
     ],
 )
 def test_finetune_writes_a_folder(tmp_path, chats, options):
-    """What is saved is what was trained: the loss on the held-out chats is that of the folder, read again; and it chats."""
-    folder = make_folder(tmp_path / "folder")
+    """What is saved is what was trained, and it chats.
+
+    The loss on the held-out chats is that of the folder, read again.
+    """
+    folder, out = make_folder(tmp_path / "folder"), tmp_path / "out"
     s = {**FAST, "data": chats, "init_from": str(folder), **options}
-    metrics = finetune(Finetune(**s, out_dir=str(tmp_path / "out")))
+    metrics = finetune(Finetune(**s, out_dir=str(out)))
     dtype = getattr(torch, s["dtype"])
-    before, after = (
-        from_pretrained(path, dtype=dtype).state_dict() for path in (folder, tmp_path / "out")
-    )
-    changed = {
-        name.split(".", 2)[-1] for name in before if not torch.equal(before[name], after[name])
-    }
+    before = from_pretrained(folder, dtype=dtype).state_dict()
+    after = from_pretrained(out, dtype=dtype).state_dict()
+    differ = [name for name in before if not torch.equal(before[name], after[name])]
+    changed = {name.split(".", 2)[-1] for name in differ}
     linear = {"attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight"}
-    assert changed == linear if options.get("lora", True) else changed > linear
-    again = train(
-        Settings(
-            **{**FAST, "dtype": s["dtype"], "learning_rate": 1e-12, "max_iters": 1},
-            data=chats,
-            init_from=str(tmp_path / "out"),
-            out_dir=str(tmp_path / "again"),
-        )
-    )
-    assert abs(again["loss"] - metrics["loss"]) < (1e-4 if dtype == torch.float32 else 3e-2)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == s["dtype"]
-    assert isinstance(load_chat(tmp_path / "out", "cpu", max_new_tokens=8).send("hello 5"), str)
+    if options.get("lora", True):
+        assert changed == linear
+    else:
+        assert changed > linear
+    as_it_is = {**FAST, "dtype": s["dtype"], "learning_rate": 1e-12, "max_iters": 1}
+    paths = dict(data=chats, init_from=str(out), out_dir=str(tmp_path / "again"))
+    again = train(Settings(**as_it_is, **paths))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert abs(again["loss"] - metrics["loss"]) < tolerance
+    assert json.loads((out / "config.json").read_text())["dtype"] == s["dtype"]
+    assert isinstance(load_chat(out, "cpu", max_new_tokens=8).send("hello 5"), str)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -370,15 +317,8 @@ def test_a_folder_knows_its_mask(tmp_path, chats, mask):
     """What was fine-tuned under a mask is chatted with under it; without a word it is causal."""
     folder, out = make_folder(tmp_path / "folder"), tmp_path / "out"
     assert load_chat(folder, "cpu").mask is MASKS["causal"]
-    finetune(
-        Finetune(
-            **{**FAST, "max_iters": 1},
-            mask=mask,
-            data=chats,
-            init_from=str(folder),
-            out_dir=str(out),
-        )
-    )
+    s = {**FAST, "max_iters": 1, "data": chats, "init_from": str(folder), "out_dir": str(out)}
+    finetune(Finetune(**s, mask=mask))
     assert load_chat(out, "cpu").mask is MASKS[mask]
     assert load_chat(out, "cpu", mask="prefix").mask is MASKS["prefix"]
     # What is said of the mask stays, if nothing else is.
@@ -402,42 +342,18 @@ def test_lora_resumes_to_the_bit(tmp_path, chats):
         finetune(Finetune(**s, out_dir=str(tmp_path / "parts"), resume=True))
     finally:
         train_module.rate_at = original
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
-        tmp_path / "parts" / "model.safetensors"
-    ).read_bytes()
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
 
 
 def test_commands(tmp_path, chats, monkeypatch):
     folder, out = make_folder(tmp_path / "folder"), str(tmp_path / "out")
-    flags = (
-        "--init_from",
-        str(folder),
-        "--data",
-        chats,
-        "--max_iters",
-        "3",
-        "--batch_size",
-        "2",
-        "--block_size",
-        "64",
-        "--device",
-        "cpu",
-        "--out_dir",
-        out,
-    )
+    sizes = "--max_iters 3 --batch_size 2 --block_size 64 --device cpu".split()
+    flags = ("--init_from", str(folder), "--data", chats, "--out_dir", out, *sizes)
     done = run("demos/finetune.py", *flags)
     assert done.returncode == 0 and f"--ckpt {out}" in done.stdout, done.stderr
-    done = run(
-        "sample.py",
-        "--ckpt",
-        out,
-        "--device",
-        "cpu",
-        "--prompt",
-        "hello 3",
-        "--max_new_tokens",
-        "5",
-    )
+    short = "--device cpu --max_new_tokens 5".split()
+    done = run("sample.py", "--ckpt", out, "--prompt", "hello 3", *short)
     assert done.returncode == 0 and done.stdout.startswith("> hello 3"), done.stderr
     for module, arguments, words in (
         (train_module, ("--init_from", "no-such"), "no-such/config.json cannot be read"),
@@ -463,12 +379,16 @@ class Rows(Split):
 
 
 def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
-    """Two steps of training in two parts; there(tensors) is told what is there before. Returns the positions with loss in a part."""
+    """Two steps of training in two parts. Returns the positions with loss in a part.
+
+    there(tensors) is told what is there before.
+    """
     model = GPT(config).to(device)
     if rank:
         add_lora(model.to(dtype), rank, 1.0)
-        for name, p in model.named_parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
     there(list(model.parameters()))
     s = Settings(
         grad_accum=2,
@@ -478,7 +398,7 @@ def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
         muon=False,
         checkpointing=checkpointing,
         device=device,
-        dtype=str(dtype)[6:],
+        dtype=str(dtype).removeprefix("torch."),
     )
     splits = {
         "train": Rows(config.vocab_size, length, 2 * rows),
@@ -493,44 +413,36 @@ def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_arithmetic_of_memory_on_the_cpu(rank, checkpointing, dtype):
-    """Against the bytes of all tensors that are alive at once, of a large and a small vocabulary; rows of more than 256 tokens."""
+    """Against the bytes of all tensors that are alive at once.
+
+    Of a large and a small vocabulary, with rows of more than 256 tokens.
+    """
+    sizes = dict(n_layer=4, n_head=8, n_kv_head=2, n_embd=128, n_hidden=384)
     for vocab_size, rows, length in ((2000, 2, 400), (300, 1, 700)):
-        config = GPTConfig(
-            vocab_size,
-            length,
-            n_layer=4,
-            n_head=8,
-            n_kv_head=2,
-            n_embd=128,
-            n_hidden=384,
-            qkv_bias=True,
-        )
+        config = GPTConfig(vocab_size, length, qkv_bias=True, **sizes)
+        step = config, rows, length
         with Live() as live:
-            positions = two_steps(
-                config, rows, length, rank, checkpointing, dtype, "cpu", live.count
-            )
-        expected = sum(
-            memory(
-                config, rows, length, positions, rank, checkpointing=checkpointing, dtype=dtype
-            ).values()
-        )
-        assert 0.85 < expected / live.peak < 1.15
+            positions = two_steps(*step, rank, checkpointing, dtype, "cpu", live.count)
+        parts = memory(*step, positions, rank, checkpointing=checkpointing, dtype=dtype)
+        assert 0.85 < sum(parts.values()) / live.peak < 1.15
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_arithmetic_of_memory_on_cuda(rank, checkpointing):
-    """Against what the allocator gave out at most. Fused kernels keep less than is counted, and never much more."""
-    config = GPTConfig(
-        32000, 1024, n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_hidden=2816, qkv_bias=True
-    )
+    """Against what the allocator gave out at most.
+
+    Fused kernels keep less than is counted, and never much more.
+    """
+    sizes = dict(n_layer=8, n_head=16, n_kv_head=4, n_embd=1024, n_hidden=2816)
+    config = GPTConfig(32000, 1024, qkv_bias=True, **sizes)
+    step = config, 4, 1024
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    positions = two_steps(
-        config, 4, 1024, rank, checkpointing, torch.bfloat16, "cuda", lambda tensors: None
-    )
+    nothing = lambda tensors: None
+    positions = two_steps(*step, rank, checkpointing, torch.bfloat16, "cuda", nothing)
     peak = torch.cuda.max_memory_allocated() - before
-    expected = sum(memory(config, 4, 1024, positions, rank, checkpointing=checkpointing).values())
-    assert 0.95 < expected / peak < 1.4
+    parts = memory(*step, positions, rank, checkpointing=checkpointing)
+    assert 0.95 < sum(parts.values()) / peak < 1.4

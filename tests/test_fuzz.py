@@ -1,4 +1,4 @@
-"""Files that are damaged or hostile: each reader gives what it should or one ValueError, whatever the file holds."""
+"""Files that are damaged or hostile: each reader gives what it should, or one ValueError."""
 
 import base64
 import copy
@@ -10,7 +10,6 @@ import pickle
 import re
 import shutil
 import struct
-import sys
 import zipfile
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,8 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-resource = pytest.importorskip("resource", reason="it counts memory on Linux and macOS")
-from test_chat import TOKENIZER, make_chat, run
+pytest.importorskip("resource", reason="it counts memory on Linux and macOS")
+from test_chat import TOKENIZER, make_chat, peak_memory, run
 
 import data.tokenizer
 from data.chats import read_chats
@@ -152,9 +151,8 @@ SHAPES = {
 
 
 def vocabulary():
-    return {
-        token: i for i, token in enumerate([*SYMBOLS, *(pair.replace(" ", "") for pair in MERGES)])
-    }
+    merged = [pair.replace(" ", "") for pair in MERGES]
+    return {token: i for i, token in enumerate([*SYMBOLS, *merged])}
 
 
 def write_safetensors(path, header, numbers):
@@ -167,36 +165,27 @@ def write_folder(folder):
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in SHAPES.items():
-        header[name] = {
-            "dtype": "F32",
-            "shape": shape,
-            "data_offsets": [end, end + 4 * math.prod(shape)],
-        }
-        end += 4 * math.prod(shape)
-    write_safetensors(
-        folder / "model.safetensors",
-        header,
-        torch.randn(end // 4, generator=torch.Generator().manual_seed(0)).numpy().tobytes(),
-    )
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    numbers = torch.randn(end // 4, generator=torch.Generator().manual_seed(0))
+    write_safetensors(folder / "model.safetensors", header, numbers.numpy().tobytes())
     added = [
-        {"id": 260 + i, "content": token, "special": token != "<think>"}
-        for i, token in enumerate(("<|im_start|>", "<|im_end|>", "<think>"))
+        {"id": 260, "content": "<|im_start|>", "special": True},
+        {"id": 261, "content": "<|im_end|>", "special": True},
+        {"id": 262, "content": "<think>", "special": False},
     ]
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     tokenizer = {
         "model": {"type": "BPE", "vocab": vocabulary(), "merges": MERGES},
         "added_tokens": added,
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ]
-        },
+        "pre_tokenizer": {"pretokenizers": [split, byte_level]},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return header
@@ -207,21 +196,18 @@ def write_vocab(folder):
     listed = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(vocabulary()), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8"
-    )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"added_tokens_decoder": {str(t["id"]): t for t in listed}}), encoding="utf-8"
-    )
+    merges = "\n".join(["#version: 0.2", *MERGES, ""])
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    config = json.dumps({"added_tokens_decoder": {str(t["id"]): t for t in listed}})
+    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
 
 
 def write_rank_model(folder):
     write_folder(folder)
     (folder / "tokenizer.json").unlink()
     ranks = {bytes([b]): b for b in range(256)} | {b"he": 256}
-    (folder / "tokenizer.model").write_bytes(
-        b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items())
-    )
+    lines = [base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items()]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
 
 
 def one_step(model, optimizer):
@@ -272,15 +258,10 @@ def chats():
 
 def use(tokenizer):
     """What must hold of a tokenizer that could be read at all."""
-    tokens, _ = tokenizer.encode_dialogue(
-        [
-            {"role": "user", "content": "héllo 12\x00 <|im_end|><|end|>"},
-            {"role": "assistant", "content": "x"},
-        ]
-    )
-    assert tokens.count(tokenizer.end) == 2 + (tokenizer.end in tokenizer.after) and isinstance(
-        tokenizer.decode(tokens), str
-    )
+    query = {"role": "user", "content": "héllo 12\x00 <|im_end|><|end|>"}
+    tokens, _ = tokenizer.encode_dialogue([query, {"role": "assistant", "content": "x"}])
+    assert tokens.count(tokenizer.end) == 2 + tokenizer.after.count(tokenizer.end)
+    assert isinstance(tokenizer.decode(tokens), str)
 
 
 def read_checkpoint(folder):
@@ -291,17 +272,9 @@ def resume(folder):
     path, config = folder / "ckpt.pt", GPTConfig(**tiny_state()["config"])
     model = GPT(config)
     optimizer = make_optimizer(model, Settings())
-    assert (
-        0
-        <= restore(
-            load_state(path, config, TOKENIZER.identity, Settings()),
-            model,
-            optimizer,
-            Settings.max_iters,
-            path,
-        )
-        <= Settings.max_iters
-    )
+    state = load_state(path, config, TOKENIZER.identity, Settings())
+    step = restore(state, model, optimizer, Settings.max_iters, path)
+    assert 0 <= step <= Settings.max_iters
     one_step(model, optimizer)
 
 
@@ -327,45 +300,50 @@ def read_saved(folder):
 
 
 CHAT = [make_chat(block_size=64, max_new_tokens=2)]
+
+
+def write_jsonl(folder):
+    lines = "\n".join(map(json.dumps, chats()))
+    (folder / "chats.jsonl").write_text(lines, encoding="utf-8")
+
+
+def write_history(folder):
+    (folder / "history.json").write_text(json.dumps(next(chats())), encoding="utf-8")
+
+
+def write_rank_file(folder):
+    shutil.copy(RANKS, folder / "ranks.tiktoken")
+
+
+def read_config_and_tokenizer(folder):
+    from_pretrained(folder)
+    load_tokenizer(folder)
+
+
+def read_tokenizer(folder):
+    use(load_tokenizer(folder))
+
+
 # Reader: what makes its sound files, the file that is changed, and the reading.
 READERS = {
     "checkpoint": (write_checkpoint, "ckpt.pt", read_checkpoint),
     "resume": (write_checkpoint, "ckpt.pt", resume),
-    "chats": (
-        lambda folder: (folder / "chats.jsonl").write_text(
-            "\n".join(map(json.dumps, chats())), encoding="utf-8"
-        ),
-        "chats.jsonl",
-        read_jsonl,
-    ),
-    "history": (
-        lambda folder: (folder / "history.json").write_text(
-            json.dumps(next(chats())), encoding="utf-8"
-        ),
-        "history.json",
-        read_saved,
-    ),
-    "ranks": (
-        lambda folder: shutil.copy(RANKS, folder / "ranks.tiktoken"),
-        "ranks.tiktoken",
-        read_rank_file,
-    ),
+    "chats": (write_jsonl, "chats.jsonl", read_jsonl),
+    "history": (write_history, "history.json", read_saved),
+    "ranks": (write_rank_file, "ranks.tiktoken", read_rank_file),
     "safetensors": (write_folder, "model.safetensors", from_pretrained),
-    "config": (
-        write_folder,
-        "config.json",
-        lambda folder: (from_pretrained(folder), load_tokenizer(folder)),
-    ),
-    "tokenizer": (write_folder, "tokenizer.json", lambda folder: use(load_tokenizer(folder))),
-    "vocab": (write_vocab, "vocab.json", lambda folder: use(load_tokenizer(folder))),
-    "merges": (write_vocab, "merges.txt", lambda folder: use(load_tokenizer(folder))),
-    "added tokens": (
-        write_vocab,
-        "tokenizer_config.json",
-        lambda folder: use(load_tokenizer(folder)),
-    ),
-    "rank model": (write_rank_model, "tokenizer.model", lambda folder: use(load_tokenizer(folder))),
+    "config": (write_folder, "config.json", read_config_and_tokenizer),
+    "tokenizer": (write_folder, "tokenizer.json", read_tokenizer),
+    "vocab": (write_vocab, "vocab.json", read_tokenizer),
+    "merges": (write_vocab, "merges.txt", read_tokenizer),
+    "added tokens": (write_vocab, "tokenizer_config.json", read_tokenizer),
+    "rank model": (write_rank_model, "tokenizer.model", read_tokenizer),
 }
+
+
+def as_list(tree):
+    """A mutated list may be anything; what is none stands alone in one."""
+    return tree if isinstance(tree, list) else [tree]
 
 
 def damaged(path, sound, changes, how):
@@ -379,22 +357,15 @@ def damaged(path, sound, changes, how):
         write_safetensors(path, mutate_tree(json.loads(sound[8 : 8 + n]), changes), sound[8 + n :])
     elif path.suffix in (".json", ".jsonl"):
         lines = [json.loads(line) for line in sound.decode().split("\n")]
-        lines = (
-            mutate_tree(lines, changes)
-            if path.suffix == ".jsonl"
-            else [mutate_tree(lines[0], changes)]
-        )
-        path.write_text(
-            "\n".join(map(json.dumps, lines if isinstance(lines, list) else [lines])),
-            encoding="utf-8",
-        )
+        if path.suffix == ".jsonl":
+            lines = as_list(mutate_tree(lines, changes))
+        else:
+            lines = [mutate_tree(lines[0], changes)]
+        path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     else:  # lines of text
-        lines = mutate_tree(sound.decode().split("\n"), changes)
-        path.write_text(
-            "\n".join(map(str, lines if isinstance(lines, list) else [lines])),
-            encoding="utf-8",
-            errors="surrogatepass",
-        )
+        lines = as_list(mutate_tree(sound.decode().split("\n"), changes))
+        text = "\n".join(map(str, lines))
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
 def fuzz(name, folder, n):
@@ -410,8 +381,8 @@ def fuzz(name, folder, n):
         deadline=timedelta(seconds=20),
         suppress_health_check=list(HealthCheck),
         database=None,
-        derandomize=n < 1000,
-    )  # the short count is the same each time
+        derandomize=n < 1000,  # the short count is the same each time
+    )
     @given(st.tuples(st.just("bytes"), BYTES) | st.tuples(st.just("tree"), TREES))
     def read_one(change):
         how, changes = change
@@ -455,17 +426,15 @@ def test_a_pickle_does_not_run(tmp_path):
     assert made.exists()
     made.unlink()
     sound = {"version": 1, **tiny_state()}
-    for state in (
-        Command(made),
-        {**sound, "step": Command(made)},
-        {**sound, "model": Command(made)},
-    ):
-        for write in (
-            lambda: torch.save(state, path),
-            lambda: torch.save(state, path, _use_new_zipfile_serialization=False),
-            lambda: path.write_bytes(pickle.dumps(state)),
-        ):
-            write()
+    hostile = [Command(made), *({**sound, key: Command(made)} for key in ("step", "model"))]
+    ways = (
+        lambda state: torch.save(state, path),
+        lambda state: torch.save(state, path, _use_new_zipfile_serialization=False),
+        lambda state: path.write_bytes(pickle.dumps(state)),
+    )
+    for state in hostile:
+        for write in ways:
+            write(state)
             with pytest.raises(ValueError, match="not a checkpoint"):
                 load_checkpoint(path)
             assert not made.exists()
@@ -500,23 +469,21 @@ def compressed(folder):
 def claims(**options):
     def write(folder):
         state = tiny_state()
-        torch.save(
-            {"version": 1, **state, "config": {**state["config"], **options}}, folder / "ckpt.pt"
-        )
+        config = {**state["config"], **options}
+        torch.save({"version": 1, **state, "config": config}, folder / "ckpt.pt")
 
     return write
 
 
 def expanded(folder):
+    """A checkpoint whose vocabulary is one row, said to be there a million times."""
     state, n = tiny_state(), 1 << 20
-    model = {
-        name: x[:1].expand(n, -1) if len(x) == TOKENIZER.vocab_size else x
-        for name, x in state["model"].items()
-    }
-    torch.save(
-        {"version": 1, **state, "config": {**state["config"], "vocab_size": n}, "model": model},
-        folder / "ckpt.pt",
-    )
+    model = dict(state["model"])
+    for name, x in model.items():
+        if len(x) == TOKENIZER.vocab_size:
+            model[name] = x[:1].expand(n, -1)
+    config = {**state["config"], "vocab_size": n}
+    torch.save({"version": 1, **state, "config": config, "model": model}, folder / "ckpt.pt")
 
 
 def beyond(folder):
@@ -555,89 +522,87 @@ def test_no_file_lets_text_end_a_turn(tmp_path):
         folder.mkdir()
         write(folder)
         content = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(
-            content.replace('"special": true', '"special": false'), encoding="utf-8"
-        )
+        content = content.replace('"special": true', '"special": false')
+        (folder / name).write_text(content, encoding="utf-8")
         tokenizer = load_tokenizer(folder)
         use(tokenizer)
         ids = {tokenizer.end, tokenizer.headers["user"]}
-        assert (
-            not ids & {*tokenizer.encode("<|im_start|>user<|im_end|>")}
-            and len(tokenizer.encode("<think>")) == 1
-        )
+        assert not ids & {*tokenizer.encode("<|im_start|>user<|im_end|>")}
+        assert len(tokenizer.encode("<think>")) == 1
 
 
-SAFE, RANK_FILE = lambda folder: from_pretrained(folder), READERS["ranks"][2]
+def long_header(folder):
+    write_folder(folder)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}")
+
+
+def deep_line(folder):
+    (folder / "chats.jsonl").write_text("[" * 1_000_000)
+
+
+# File: what makes it, the reading, and what the error says.
 HOSTILE_FILES = {
     "compressed": (compressed, read_checkpoint, "not a checkpoint"),
     "claimed layers": (claims(n_layer=10**12), read_checkpoint, "not a checkpoint"),
     "claimed width": (claims(n_embd=10**6), read_checkpoint, "not a checkpoint"),
     "claimed context": (claims(block_size=10**12), read_checkpoint, "not a checkpoint"),
     "expanded": (expanded, read_checkpoint, "not a checkpoint"),
-    "long header": (
-        lambda folder: (
-            write_folder(folder),
-            (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}"),
-        ),
-        SAFE,
-        "cut off",
+    "long header": (long_header, from_pretrained, "cut off"),
+    "beyond the end": (beyond, from_pretrained, "cut off"),
+    "HF layers": (
+        change_config(num_hidden_layers=10**12),
+        from_pretrained,
+        "10+ layers, the weights are",
     ),
-    "beyond the end": (beyond, SAFE, "cut off"),
-    "HF layers": (change_config(num_hidden_layers=10**12), SAFE, "10+ layers, the weights are"),
-    "HF context": (change_config(max_position_embeddings=10**12), SAFE, "block_size"),
-    "HF vocabulary": (
-        change_config(vocab_size=10**12),
-        lambda folder: load_tokenizer(folder),
-        "vocab_size",
-    ),
-    "HF empty token": (empty_token, lambda folder: load_tokenizer(folder), "a token is empty"),
+    "HF context": (change_config(max_position_embeddings=10**12), from_pretrained, "block_size"),
+    "HF vocabulary": (change_config(vocab_size=10**12), load_tokenizer, "vocab_size"),
+    "HF empty token": (empty_token, load_tokenizer, "a token is empty"),
     "long line": (long_line, read_jsonl, "line 1 is longer than"),
-    "deep line": (
-        lambda folder: (folder / "chats.jsonl").write_text("[" * 1_000_000),
-        read_jsonl,
-        "line 1 is not JSON",
-    ),
-    "rank twice": (rank_lines(lambda lines: lines + [b"enp6eg== 7"]), RANK_FILE, "twice"),
+    "deep line": (deep_line, read_jsonl, "line 1 is not JSON"),
+    "rank twice": (rank_lines(lambda lines: lines + [b"enp6eg== 7"]), read_rank_file, "twice"),
     "token twice": (
         rank_lines(lambda lines: lines + [lines[0].split()[0] + b" 1276"]),
-        RANK_FILE,
+        read_rank_file,
         "twice",
     ),
     "rank of a trillion": (
         rank_lines(lambda lines: lines + [b"enp6eg== 1000000000000"]),
-        RANK_FILE,
+        read_rank_file,
         "left out",
     ),
-    "byte without a rank": (rank_lines(lambda lines: lines[1:]), RANK_FILE, "left out"),
+    "byte without a rank": (rank_lines(lambda lines: lines[1:]), read_rank_file, "left out"),
 }
 
 
 def read_hostile(name, folder):
-    """Read it in a process of its own; prints the error and by how many MB the peak of memory grew."""
+    """Read it in a process of its own. Prints the error, and by how many MB the peak grew."""
     make, read, _ = HOSTILE_FILES[name]
     make(folder)
     use(Tokenizer())
-    held, before = sorted(folder.iterdir()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held, before = sorted(folder.iterdir()), peak_memory()
     try:
         read(folder)
     except ValueError as error:
         print(one_line(error))
     assert sorted(folder.iterdir()) == held
-    print(
-        f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 << 20 if sys.platform == 'darwin' else 1 << 10):.0f}"
-    )
+    print(f"{peak_memory() - before:.0f}")
+
+
+# Reads the files that stand in a folder of sys.argv, as a program of its own.
+READ_ALL = """
+import pathlib, sys
+sys.path.insert(0, "tests")
+import test_fuzz
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    test_fuzz.read_hostile(folder.name, folder)
+"""
 
 
 def test_hostile_files(tmp_path):
     """In one process, so that memory is counted from what torch alone needs."""
     for name in HOSTILE_FILES:
         (tmp_path / name).mkdir()
-    done = run(
-        "-c",
-        "import sys, pathlib; sys.path.insert(0, 'tests'); import test_fuzz\n"
-        "for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()): test_fuzz.read_hostile(folder.name, folder)",
-        str(tmp_path),
-    )
+    done = run("-c", READ_ALL, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for name, message, growth in zip(sorted(HOSTILE_FILES), lines[::2], lines[1::2], strict=True):

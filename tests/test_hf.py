@@ -1,4 +1,4 @@
-"""Checkpoints and tokenizers in the Hugging Face format, against transformers and tokenizers themselves."""
+"""Checkpoints and tokenizers in the Hugging Face format, against its own two libraries."""
 
 import base64
 import functools
@@ -43,91 +43,59 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1000.0}
+
+
+def family_of(kind, n_kv_head, tied, rope=PLAIN_ROPE, **options):
+    heads = dict(num_key_value_heads=n_kv_head, tie_word_embeddings=tied)
+    return kind, dict(heads, rope_parameters=rope, **options)
+
+
 FAMILIES = {
-    "llama2": (
-        "Llama",
-        dict(
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-            rope_parameters=PLAIN_ROPE,
-            rms_norm_eps=1e-5,
-        ),
-    ),
-    "llama3": (
-        "Llama",
-        dict(
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-            rope_parameters={**PLAIN_ROPE, "rope_theta": 5e5},
-        ),
-    ),
-    "llama3.2": (
-        "Llama",
-        dict(
-            num_key_value_heads=1,
-            tie_word_embeddings=True,
-            rope_parameters=LLAMA3_ROPE,
-            head_dim=12,
-        ),
-    ),
-    "smollm2": (
-        "Llama",
-        dict(num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE),
-    ),
-    "qwen2": (
-        "Qwen2",
-        dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE),
-    ),
-    "qwen2.5": (
-        "Qwen2",
-        dict(num_key_value_heads=1, tie_word_embeddings=False, rope_parameters=PLAIN_ROPE),
-    ),
-    "qwen3": (
-        "Qwen3",
-        dict(
-            num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=PLAIN_ROPE, head_dim=16
-        ),
-    ),
+    "llama2": family_of("Llama", 4, tied=False, rms_norm_eps=1e-5),
+    "llama3": family_of("Llama", 2, tied=False, rope={**PLAIN_ROPE, "rope_theta": 5e5}),
+    "llama3.2": family_of("Llama", 1, tied=True, rope=LLAMA3_ROPE, head_dim=12),
+    "smollm2": family_of("Llama", 1, tied=True),
+    "qwen2": family_of("Qwen2", 2, tied=True),
+    "qwen2.5": family_of("Qwen2", 1, tied=False),
+    "qwen3": family_of("Qwen3", 2, tied=True, head_dim=16),
 }
 
 
 def make(family, folder, dtype=torch.float32, **save):
-    """A random model of transformers, saved to the folder; no norm is 1 and no bias 0, so that a lost one shows."""
+    """A random model of transformers, saved to the folder.
+
+    No norm is 1 and no bias 0, so that a lost one shows.
+    """
     torch.manual_seed(0)
     kind, options = FAMILIES[family]
-    model = getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**SIZES, **options)
-    )
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.3)
     model.to(dtype).save_pretrained(folder, **save)
-    return (
-        type(model).from_pretrained(folder, dtype=torch.float32).eval()
-    )  # read again: bfloat16 rounds the rotation too
+    # Read again, since bfloat16 rounds the rotation too.
+    return type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def check_equal(theirs, ours, tolerance=1e-4):
-    """Causal on plain tokens, and each mask on a dialogue with padding, given to transformers as additive numbers."""
-    tokens = torch.randint(
-        0, SIZES["vocab_size"], (2, 100), generator=torch.Generator().manual_seed(1)
-    )
+    """Causal on plain tokens, and each mask on a dialogue with padding.
+
+    transformers gets the mask as numbers that are added.
+    """
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, 100), generator=generator)
     assert (theirs(tokens).logits - ours(tokens)).abs().max() < tolerance
-    segments = torch.tensor(
-        [
-            [1] * 20 + [2] * 13 + [3] * 30 + [4] * 37,
-            [1] * 5 + [2] * 50 + [3] * 9 + [4] * 20 + [0] * 16,
-        ]
-    )
+    whole = [1] * 20 + [2] * 13 + [3] * 30 + [4] * 37
+    padded = [1] * 5 + [2] * 50 + [3] * 9 + [4] * 20 + [0] * 16
+    segments = torch.tensor([whole, padded])
+    places = torch.arange(100)[None].expand(2, -1)
     for mask in MASKS.values():
         f = mask(segments)
-        additive = torch.zeros(2, 1, 100, 100).masked_fill(
-            ~dense(f)[:, None], torch.finfo(torch.float32).min
-        )  # (B, 1, T, T)
-        expected = theirs(
-            tokens, attention_mask=additive, position_ids=torch.arange(100)[None].expand(2, -1)
-        ).logits
+        hidden = ~dense(f)[:, None]  # (B, 1, T, T)
+        added = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        expected = theirs(tokens, attention_mask=added, position_ids=places).logits
         assert (expected - ours(tokens, f)).abs().max() < tolerance
 
 
@@ -144,16 +112,17 @@ def test_logits_equal_transformers(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_shards_and_bfloat16(family, tmp_path):
     theirs = make(family, tmp_path, torch.bfloat16, max_shard_size="10KB")
-    assert (
-        len(list(tmp_path.glob("model-*.safetensors"))) > 2
-        and not (tmp_path / "model.safetensors").exists()
-    )
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
     check_equal(theirs, from_pretrained(tmp_path))
     assert from_pretrained(tmp_path, dtype=torch.bfloat16).embed.weight.dtype == torch.bfloat16
 
 
 def test_config_files_of_older_versions(tmp_path):
-    """rope_theta and rope_scaling as keys of their own, tables of frequencies among the tensors, a header of odd length."""
+    """What they have: rope_theta and rope_scaling as keys of their own, a table of frequencies.
+
+    And a header of odd length.
+    """
     theirs = make("llama3.2", tmp_path)
     new = read_config(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -162,9 +131,8 @@ def test_config_files_of_older_versions(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path) == new and new.rope_scaling == (8.0, 1.0, 4.0, 32.0)
     path = tmp_path / "model.safetensors"
-    save_file(
-        {**load_file(path), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, path
-    )
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    save_file({**load_file(path), **table}, path)
     raw = path.read_bytes()
     n = struct.unpack("<Q", raw[:8])[0]
     path.write_bytes(struct.pack("<Q", n + 1) + raw[8 : 8 + n] + b" " + raw[8 + n :])
@@ -290,23 +258,23 @@ def config(**options):
 
 def tensors(change):
     def damage(folder):
-        held = {
-            name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()
-        }
+        path = folder / "model.safetensors"
+        held = {name: tensor.clone() for name, tensor in load_file(path).items()}
         change(held)
-        save_file(held, folder / "model.safetensors")
+        save_file(held, path)
 
     return damage
 
 
 def header(change):
     def damage(folder):
-        raw = (folder / "model.safetensors").read_bytes()
+        path = folder / "model.safetensors"
+        raw = path.read_bytes()
         n = struct.unpack("<Q", raw[:8])[0]
         held = json.loads(raw[8 : 8 + n])
         change(held)
         new = json.dumps(held).encode()
-        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + n :])
+        path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + n :])
 
     return damage
 
@@ -321,13 +289,16 @@ def index(change):
 
 
 def cut(n):
-    return lambda folder: (folder / "model.safetensors").write_bytes(
-        (folder / "model.safetensors").read_bytes()[:n]
-    )
+    def damage(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:n])
+
+    return damage
 
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
-ERRORS = {  # what is wrong: (checkpoint, damage, the message)
+# What is wrong: the checkpoint, the damage to it, the message.
+ERRORS = {
     "no config": (
         "one",
         lambda folder: (folder / "config.json").unlink(),
@@ -551,12 +522,11 @@ PIECES = [
 
 
 def strings(n):
-    """Random strings of code, words, scripts, emoji, white space, and of any assigned characters."""
+    """Random strings of code, words, scripts, emoji, white space, and any assigned characters."""
     rng = random.Random(0)
     code = (ROOT / "model.py").read_text(encoding="utf-8")
-    assigned = [
-        chr(i) for i in range(0x30000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")
-    ]
+    no_character = "Cn", "Cs", "Co"
+    assigned = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in no_character]
     for _ in range(n // 3):
         yield "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
         yield "".join(rng.choices(assigned, k=rng.randint(1, 8)) + rng.choices(PIECES, k=3))
@@ -566,35 +536,38 @@ def strings(n):
 
 @functools.cache
 def trained(family):
-    """A small BPE of tokenizers in the family's configuration, trained on code and on the pieces."""
-    level = lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
-    split = lambda number: pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(CASED + number + REST), "isolated"), level(False)]
-    )
+    """A small BPE of tokenizers, configured as the family's, trained on code and the pieces."""
+
+    def level(regex):
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+
+    def split(number):
+        isolated = pre_tokenizers.Split(Regex(CASED + number + REST), "isolated")
+        return pre_tokenizers.Sequence([isolated, level(False)])
+
     bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
     first, alphabet = [], pre_tokenizers.ByteLevel.alphabet()
     if family == "qwen":
         bpe.normalizer, bpe.pre_tokenizer = normalizers.NFC(), split(r"\p{N}")
     elif family == "llama3":
         bpe.pre_tokenizer = split(r"\p{N}{1,3}")
-    else:  # the special tokens of SmolLM2 come first, and bytes that no text of common characters has are no tokens
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), level(True)]
-        )
-        first, alphabet = (
-            CHATML,
-            [c for c, byte in SYMBOLS.items() if byte not in (0xC0, 0xC1, *range(0xF1, 0x100))],
-        )
+    else:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, level(True)])
+        # The special tokens of SmolLM2 come first. Bytes that no text of common characters has
+        # are no tokens.
+        first = CHATML
+        rare = {0xC0, 0xC1, *range(0xF1, 0x100)}
+        alphabet = [c for c, byte in SYMBOLS.items() if byte not in rare]
     bpe.decoder = decoders.ByteLevel()
-    text = [
-        (ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "train.py", "README.md")
-    ]
+    names = "model.py", "train.py", "README.md"
+    text = [(ROOT / name).read_text(encoding="utf-8") for name in names]
+    text += PIECES * 3
+    text.append("".join(random.Random(1).choices(PIECES, k=400)))
     trainer = trainers.BpeTrainer(
         vocab_size=1500, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(
-        text + PIECES * 3 + ["".join(random.Random(1).choices(PIECES, k=400))], trainer
-    )
+    bpe.train_from_iterator(text, trainer)
     bpe.add_special_tokens(LLAMA3 if family == "llama3" else CHATML)
     bpe.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
     return bpe
@@ -605,9 +578,8 @@ def train_bpe(family, folder):
     bpe = trained(family)
     bpe.save(str(folder / "tokenizer.json"))
     kind = "Qwen2" if family == "qwen" else "Llama"
-    (folder / "config.json").write_text(
-        json.dumps({**SIZES, "architectures": [f"{kind}ForCausalLM"], "vocab_size": 1600})
-    )
+    config = {**SIZES, "architectures": [f"{kind}ForCausalLM"], "vocab_size": 1600}
+    (folder / "config.json").write_text(json.dumps(config))
     return bpe
 
 
@@ -623,9 +595,8 @@ def test_ids_equal_tokenizers(family, tmp_path):
     bpe = train_bpe(family, tmp_path)
     ours = load_tokenizer(tmp_path)
     check_ids(bpe, ours)
-    assert ours.vocab_size == 1600 and set(range(bpe.get_vocab_size(), 1600)) <= set(
-        ours.unsayable
-    )  # rows without a token
+    without_a_token = set(range(bpe.get_vocab_size(), 1600))
+    assert ours.vocab_size == 1600 and without_a_token <= set(ours.unsayable)
     assert bpe.token_to_id("<think>") not in ours.unsayable and ours.end not in ours.unsayable
     assert ours.openings["user"][0] in ours.unsayable
     assert ours.end not in ours.encode("<|im_end|><|eot_id|>")  # a text cannot end its own turn
@@ -636,7 +607,7 @@ def test_a_sequence_of_normalizers(tmp_path):
     nfc = {"type": "NFC"}
     for steps in ([nfc], [{"type": "Sequence", "normalizers": [nfc, nfc]}], []):
         normalizer = {"type": "Sequence", "normalizers": steps}
-        edit(lambda held: held.update(normalizer=normalizer))(tmp_path)
+        edit(lambda held, new=normalizer: held.update(normalizer=new))(tmp_path)
         bpe = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         check_ids(bpe, load_tokenizer(tmp_path), 300)
 
@@ -649,7 +620,8 @@ def test_an_added_token_that_is_an_ordinary_one(family, special, tmp_path):
     bpe = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for token in ("!", "in"):
         token = tokenizers.AddedToken(token, special=special, normalized=False)
-        (bpe.add_special_tokens if special else bpe.add_tokens)([token])
+        add = bpe.add_special_tokens if special else bpe.add_tokens
+        add([token])
     bpe.save(str(tmp_path / "tokenizer.json"))
     bpe.encode_special_tokens = special
     ours = load_tokenizer(tmp_path)
@@ -680,10 +652,9 @@ def test_vocab_and_merges(family, tmp_path):
     bpe = train_bpe(family, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     bpe.model.save(str(tmp_path))
-    added = {
-        i: {"content": t.content, "special": t.special}
-        for i, t in bpe.get_added_tokens_decoder().items()
-    }
+    added = {}
+    for i, token in bpe.get_added_tokens_decoder().items():
+        added[i] = {"content": token.content, "special": token.special}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     check_ids(bpe, load_tokenizer(tmp_path), 600)
 
@@ -694,9 +665,8 @@ def test_rank_file(tmp_path):
     by_json = load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     ranks = by_json.encoding._mergeable_ranks
-    (tmp_path / "tokenizer.model").write_bytes(
-        b"".join(base64.b64encode(t) + f" {r}\n".encode() for t, r in ranks.items())
-    )
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     ours = load_tokenizer(tmp_path)
     for text in strings(600):
         assert ours.encode(text) == bpe.encode(text, add_special_tokens=False).ids
@@ -721,19 +691,20 @@ CHAT = [
     ],
 )
 def test_chat_formats(family, begin, message, tmp_path):
-    """A dialogue is the family's template encoded as one text; what the model writes, to the end of the turn, is an answer."""
+    """A dialogue is the family's template encoded as one text.
+
+    What the model writes, to the end of the turn, is an answer.
+    """
     bpe = train_bpe(family, tmp_path)
     ours = load_tokenizer(tmp_path)
-    tokens, segments = ours.encode_dialogue(
-        [{"role": role, "content": text} for role, text in CHAT]
-    )
+    messages = [{"role": role, "content": text} for role, text in CHAT]
+    tokens, segments = ours.encode_dialogue(messages)
     text = begin + "".join(message.format(role, text) for role, text in CHAT)
     assert tokens + ours.after == bpe.encode(text, add_special_tokens=False).ids
     assert sorted(segments) == segments and set(segments) == {1, 2, 3, 4}
     for segment, answer in ((2, "Hello Ann."), (4, "Ann.")):
-        assert ours.decode(
-            [t for t, s in zip(tokens, segments) if s == segment]
-        ) == answer + ours.decode([ours.end])
+        written = [t for t, s in zip(tokens, segments) if s == segment]
+        assert ours.decode(written) == answer + ours.decode([ours.end])
 
 
 def edit(change):

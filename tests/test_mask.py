@@ -10,23 +10,26 @@ from hypothesis import strategies as st
 
 from mask import MASKS, causal, dense, draw, ism, loss_positions, one_pass, prefix, reusable
 
-lengths = st.lists(st.integers(1, 6), max_size=7)  # the lengths of neighbouring segments
+LENGTHS = st.lists(st.integers(1, 6), max_size=7)  # of neighbouring segments
+ROWS = st.integers(1, 3)
 
 
 @st.composite
-def layouts(draw, rows=st.integers(1, 3)):
-    """Random segments (B, T): any start, two queries or two answers in a row, empty rows, padding."""
+def layouts(draw, rows=ROWS):
+    """Random segments (B, T).
+
+    Any start, two queries or two answers in a row, empty rows, padding.
+    """
     dialogues = []
     for _ in range(draw(rows)):
         number, row = draw(st.integers(0, 1)), []
-        for n in draw(lengths):
+        for n in draw(LENGTHS):
             number += draw(st.integers(1, 2))
             row += [number] * n
         dialogues.append(row)
     T = max(map(len, dialogues)) + draw(st.integers(0, 3))
-    return torch.tensor([row + [0] * (T - len(row)) for row in dialogues], dtype=torch.long).view(
-        len(dialogues), T
-    )
+    padded = [row + [0] * (T - len(row)) for row in dialogues]
+    return torch.tensor(padded, dtype=torch.long)
 
 
 def naive(name, row):
@@ -58,11 +61,9 @@ def test_dense_and_loss_positions_equal_naive_loops(segments):
     for mask in MASKS.values():
         f = mask(segments)
         B, T = segments.shape
-        allowed, seen, after = (
-            dense(f),
-            loss_positions(segments, f),
-            loss_positions(segments, f, answers_only=False),
-        )
+        allowed = dense(f)
+        seen = loss_positions(segments, f)
+        after = loss_positions(segments, f, answers_only=False)
         for b in range(B):
             for j in range(T):
                 assert allowed[b, j].tolist() == [i < f[b, j] for i in range(T)]
@@ -86,15 +87,14 @@ def test_padding_is_never_seen_and_always_sees(name, segments):
 @settings(max_examples=200, deadline=None)
 @given(segments=layouts(), data=st.data())
 def test_every_path_of_information_respects_the_loss_positions(segments, data):
-    """No leak, by reachability: after many layers nothing that is trained to predict token j + 1 has seen it."""
+    """No leak: after many layers nothing that is trained to predict token j + 1 has seen it."""
     T = segments.shape[1]
     ahead = data.draw(st.lists(st.integers(0, 3), min_size=T, max_size=T))
-    own = (causal(segments) + torch.tensor(ahead, dtype=torch.long)).clamp(
-        max=max(T, 1)
-    )  # a mask of nobody's making
+    # A mask of nobody's making.
+    own = (causal(segments) + torch.tensor(ahead, dtype=torch.long)).clamp(max=max(T, 1))
     for f in [mask(segments) for mask in MASKS.values()] + [own]:
         reach = dense(f) | torch.eye(T, dtype=torch.bool)
-        for _ in range(T):
+        for _ in range(T.bit_length()):  # each doubles the length of the paths
             reach = (reach.float() @ reach.float()) > 0
         for answers_only in (True, False):
             for b, j in loss_positions(segments, f, answers_only).nonzero().tolist():
@@ -110,26 +110,28 @@ def test_leak_through_an_earlier_token():
 
 @pytest.mark.parametrize("name, holds", [("causal", True), ("ism", True), ("prefix", False)])
 def test_cacheable(name, holds):
-    """f of a dialogue cut at a segment's end, or inside an answer, is the cut of f: ISM and causal alone."""
+    """f of a dialogue cut at a segment's end, or inside an answer, is the cut of f.
+
+    That holds for ISM and causal alone.
+    """
     mask, generator = MASKS[name], torch.Generator().manual_seed(0)
     equal = True
     for _ in range(200):
-        sizes = torch.randint(
-            1, 6, (torch.randint(2, 8, (), generator=generator),), generator=generator
-        )
+        n = int(torch.randint(2, 8, (), generator=generator))
+        sizes = torch.randint(1, 6, (n,), generator=generator)
         row = torch.repeat_interleave(torch.arange(1, len(sizes) + 1), sizes)[None]
         f = mask(row)
         for cut in range(1, row.shape[1]):
             inside_query = row[0, cut - 1] == row[0, cut] and row[0, cut] % 2 == 1
             if not inside_query:
-                equal &= torch.equal(mask(row[:, :cut]), f[:, :cut])
+                equal = equal and torch.equal(mask(row[:, :cut]), f[:, :cut])
     assert equal == holds
 
 
 @settings(max_examples=200, deadline=None)
 @given(segments=layouts(st.just(1)), data=st.data())
 def test_reusable_entries_depend_on_nothing_that_changed(segments, data):
-    """What reusable() keeps: rows whose f is the same, and the f of all that they can reach as well."""
+    """What reusable() keeps: rows whose f is the same, and that of all that they can reach."""
     T = segments.shape[1]
     for mask in MASKS.values():
         new = mask(segments)
@@ -153,16 +155,19 @@ def test_one_pass():
 
 
 def test_vectorised():
-    """T = 8192, B = 8 takes milliseconds; a loop over tokens takes seconds. (The bound allows for a busy machine.)"""
+    """T = 8192, B = 8 takes milliseconds; a loop over tokens takes seconds.
+
+    The bound allows for a busy machine.
+    """
     segments = (torch.arange(8192) // 50 + 1).expand(8, 8192).contiguous()
     for mask in MASKS.values():
-        best = min(timed(lambda: loss_positions(segments, mask(segments))) for _ in range(5))
-        assert best < 0.5
+        assert min(timed(mask, segments) for _ in range(5)) < 0.5
 
 
-def timed(run):
+def timed(mask, segments):
+    """The seconds that a mask and its loss positions take."""
     start = time.perf_counter()
-    run()
+    loss_positions(segments, mask(segments))
     return time.perf_counter() - start
 
 
@@ -176,7 +181,6 @@ def test_mask_py_runs():
     import subprocess
     import sys
 
-    out = subprocess.run(
-        [sys.executable, "mask.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert "causal" in out and "#+" in out
+    command = [sys.executable, "mask.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "causal" in done.stdout and "#+" in done.stdout

@@ -44,30 +44,23 @@ VARIANTS = {
 
 def make(variant="gpt", block_size=96, seed=0, n_layer=3):
     torch.manual_seed(seed)
-    model = GPT(
-        GPTConfig(
-            vocab_size=50,
-            block_size=block_size,
-            n_layer=n_layer,
-            n_head=4,
-            n_embd=32,
-            n_hidden=48,
-            **VARIANTS[variant],
-        )
-    )
+    sizes = dict(vocab_size=50, n_head=4, n_embd=32, n_hidden=48)
+    config = GPTConfig(block_size=block_size, n_layer=n_layer, **sizes, **VARIANTS[variant])
+    model = GPT(config)
     for p in model.parameters():  # larger than the initial ones, so that a wrong mask shows
         torch.nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
 def dialogue(rng, longest=96, turns=4):
-    """Random (tokens (1, T), segments (1, T)), which may start with an answer and end in a query."""
+    """Random tokens and segments, (1, T) each. They may start with an answer, end in a query."""
     number, row = rng.randint(0, 1), []
     for _ in range(rng.randint(1, 2 * turns)):
         number += 1
         row += [number] * rng.randint(1, 9)
-    segments = torch.tensor([row[:longest]])
-    return torch.tensor([[rng.randrange(50) for _ in range(segments.shape[1])]]), segments
+    row = row[:longest]
+    tokens = [rng.randrange(50) for _ in row]
+    return torch.tensor([tokens]), torch.tensor([row])
 
 
 def reference(model, tokens, f):
@@ -75,37 +68,32 @@ def reference(model, tokens, f):
     c, P = model.config, {name: p.double() for name, p in model.state_dict().items()}
     x = P["embed.weight"][tokens]
     norm = lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w
-    D, T = c.head_size, tokens.shape[1]
+    D, T, H, Hkv = c.head_size, tokens.shape[1], c.n_head, c.n_kv_head
     angle = torch.arange(T).double()[:, None] / c.rope_theta ** (torch.arange(0, D, 2).double() / D)
-    rotate = lambda h: torch.cat(
-        [
-            h[..., : D // 2] * angle.cos() - h[..., D // 2 :] * angle.sin(),
-            h[..., D // 2 :] * angle.cos() + h[..., : D // 2] * angle.sin(),
-        ],
-        -1,
-    )
+
+    def rotate(h):
+        a, b = h.chunk(2, -1)
+        first = a * angle.cos() - b * angle.sin()
+        second = b * angle.cos() + a * angle.sin()
+        return torch.cat([first, second], -1)
+
     for i in range(c.n_layer):
-        W = lambda name: P[f"blocks.{i}.{name}"]
+        W = lambda name, i=i: P[f"blocks.{i}.{name}"]
         h = norm(x, W("norm1.weight"))
         if c.token_shift:
-            shares = W("attention.shift.shares")
-            h = torch.stack(
-                [
-                    h[:, j] + sum(shares[i - 1] * h[:, j - i] for i in (1, 2, 3) if j >= i)
-                    for j in range(T)
-                ],
-                1,
-            )
-        h = h @ W("attention.qkv.weight").T + (W("attention.qkv.bias") if c.qkv_bias else 0)
+            shares, shifted = W("attention.shift.shares"), []
+            for j in range(T):
+                before = [shares[n - 1] * h[:, j - n] for n in (1, 2, 3) if n <= j]
+                shifted.append(h[:, j] + sum(before))
+            h = torch.stack(shifted, 1)
+        h = h @ W("attention.qkv.weight").T
+        if c.qkv_bias:
+            h = h + W("attention.qkv.bias")
         heads = h.split(D, -1)
-        q, k, v = (
-            heads[: c.n_head],
-            heads[c.n_head : c.n_head + c.n_kv_head],
-            heads[c.n_head + c.n_kv_head :],
-        )
+        q, k, v = heads[:H], heads[H : H + Hkv], heads[H + Hkv :]
         out = []
-        for j in range(c.n_head):
-            g = j // (c.n_head // c.n_kv_head)
+        for j in range(H):
+            g = j // (H // Hkv)
             scores = rotate(q[j]) @ rotate(k[g]).mT / D**0.5
             out.append(scores.masked_fill(~dense(f), -torch.inf).softmax(-1) @ v[g])
         x = x + torch.cat(out, -1) @ W("attention.out.weight").T
@@ -127,7 +115,11 @@ def test_forward_equals_reference(variant, name):
 
 
 def feed_as_chat_does(model, tokens, segments, mask, feed_end_with_query=False, cache=None):
-    """Turn by turn and token by token through the cache; yields (position, logits) where chat reads them."""
+    """Turn by turn and token by token through the cache.
+
+    Yields (position, logits) where chat reads them. feed_end_with_query is a mistake: the last
+    token of an answer goes in together with the next query.
+    """
     cache, old = cache or Cache(model.config), torch.zeros(1, 0, dtype=torch.long)
     row, T, position = segments[0].tolist(), segments.shape[1], 0
     while position < T:
@@ -135,14 +127,14 @@ def feed_as_chat_does(model, tokens, segments, mask, feed_end_with_query=False, 
         if row[position] % 2 == 1:  # a query goes in at once, an answer token by token
             while end < T and row[end] == row[position]:
                 end += 1
-        elif (
-            feed_end_with_query and end < T and row[end] % 2 == 1
-        ):  # the mistake: the last token of the answer too
+        elif feed_end_with_query and end < T and row[end] % 2 == 1:
             while end < T and row[end] == row[position + 1]:
                 end += 1
         f = mask(segments[:, :end])
         cache.length = keep = min(cache.length, reusable(old, f))
-        rows = f[:, keep:end] if not feed_end_with_query else torch.full((1, end - keep), end)
+        rows = f[:, keep:end]
+        if feed_end_with_query:
+            rows = torch.full((1, end - keep), end)
         yield end - 1, model(tokens[:, keep:end], rows, cache)[:, -1]
         position, old = end, f
 
@@ -167,7 +159,10 @@ def test_cache_equals_one_forward(variant, name):
 
 @torch.no_grad()
 def test_end_of_answer_fed_with_the_next_query_is_wrong():
-    """The closing <|end|> must be fed alone: in one unmasked call with the next query it sees that query."""
+    """The closing <|end|> must be fed alone.
+
+    In one unmasked call with the next query it sees that query.
+    """
     model, tokens = make(), torch.randint(0, 50, (1, 14))
     segments = torch.tensor([[1] * 4 + [2] * 4 + [3] * 4 + [4] * 2])
     full = model(tokens, ism(segments))
@@ -182,7 +177,7 @@ def test_end_of_answer_fed_with_the_next_query_is_wrong():
 @pytest.mark.parametrize("name", MASKS)
 @torch.no_grad()
 def test_no_leak(variant, name):
-    """Change a token: no logits that are trained to predict it, or that come before it, may move."""
+    """Change a token: no logits that are trained, and predict it or one before it, may move."""
     model, rng = make(variant), random.Random(3)
     for _ in range(6):
         tokens, segments = dialogue(rng, longest=40)
@@ -232,7 +227,10 @@ def exact_attention(q, k, v, f):
 
 @torch.no_grad()
 def test_the_cheapest_attention_is_chosen():
-    """No mask for a query over a cache or a decoded token under ISM, is_causal for causal rows, else a mask."""
+    """Under ISM no mask for a query over a cache, nor for a decoded token.
+
+    is_causal for causal rows, else a mask.
+    """
 
     def chosen(f, S):
         attend = choose_attention(f, S, torch.device("cpu"))
@@ -244,13 +242,15 @@ def test_the_cheapest_attention_is_chosen():
     expected = torch.arange(12) < torch.arange(8, 13)[:, None]  # a triangle at the bottom right
     assert torch.equal(chosen(torch.arange(8, 13)[None], 12)["seen"][0, 0], expected)
     with torch.enable_grad():  # short rows in training take the plain attention
-        assert not isinstance(
-            choose_attention(torch.arange(1, 6)[None], 5, torch.device("cpu")), functools.partial
-        )
+        attend = choose_attention(torch.arange(1, 6)[None], 5, torch.device("cpu"))
+        assert not isinstance(attend, functools.partial)
 
 
 def test_every_attention_gives_the_same():
-    """The plain attention, the one that is chosen and FlexAttention, on random f: same result, same gradients."""
+    """The plain attention, the one that is chosen, and FlexAttention give the same for random f.
+
+    The result and its gradients; of FlexAttention the result alone.
+    """
     rng = random.Random(0)
     torch.manual_seed(0)
     for number in range(60):
@@ -275,14 +275,10 @@ def test_every_attention_gives_the_same():
             assert torch.allclose(y, expected)
             assert all(map(torch.allclose, torch.autograd.grad(y, (q, k, v), seed), wanted))
         if number < 20:
+            blocks = block_mask(f, S, 16)
             with torch.no_grad():
-                y = flex_attention(
-                    q.detach(),
-                    k.detach(),
-                    v.detach(),
-                    block_mask=block_mask(f, S, 16),
-                    enable_gqa=H > Hkv,
-                )
+                q, k, v = q.detach(), k.detach(), v.detach()
+                y = flex_attention(q, k, v, block_mask=blocks, enable_gqa=H > Hkv)
             assert torch.allclose(y, expected)
 
 
@@ -326,23 +322,25 @@ def test_an_f_that_is_none_is_one_line(f, words):
 
 
 def test_blocks_are_those_of_the_dense_mask():
-    """Which blocks of FlexAttention's are full, looked into or left out, against the mask itself; and its result."""
+    """Which blocks of FlexAttention's are full, looked into or left out, against the mask itself.
+
+    And what it gives with them.
+    """
     rng = random.Random(0)
     for _ in range(60):
-        n, size, S = rng.randint(1, 60), rng.choice((8, 16)), 0
+        n, size = rng.randint(1, 60), rng.choice((8, 16))
         S = n + rng.randint(0, 30)
         f = torch.tensor([[rng.randint(1, S) for _ in range(n)] for _ in range(2)])
         seen = torch.arange(S) < f[..., None]  # (B, n, S)
         found = block_mask(f, S, size)
         for b, r in itertools.product(range(2), range(-(-n // size))):
-            part = [
-                seen[b, r * size : (r + 1) * size, c * size : (c + 1) * size]
-                for c in range(-(-S // size))
-            ]
-            full = set(found.full_kv_indices[b, 0, r, : found.full_kv_num_blocks[b, 0, r]].tolist())
-            some = set(found.kv_indices[b, 0, r, : found.kv_num_blocks[b, 0, r]].tolist())
+            part = seen[b, r * size : (r + 1) * size].split(size, 1)
+            n_full, n_some = found.full_kv_num_blocks[b, 0, r], found.kv_num_blocks[b, 0, r]
+            full = set(found.full_kv_indices[b, 0, r, :n_full].tolist())
+            some = set(found.kv_indices[b, 0, r, :n_some].tolist())
             assert not full & some
-            # A last column of blocks that is cut off by S may be called "some" though all of it is seen.
+            # A last column of blocks that is cut off by S may be called "some", even if all of
+            # it is seen.
             assert {c for c, x in enumerate(part) if x.any()} == full | some
             assert full <= {c for c, x in enumerate(part) if x.all()} <= full | {len(part) - 1}
         q, k, v = torch.randn(2, 2, n, 16), torch.randn(2, 2, S, 16), torch.randn(2, 2, S, 16)
@@ -367,9 +365,9 @@ def lesson():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", MASKS)
 def test_the_lesson_above_the_line_is_the_whole_model(variant, name):
-    """The same logits and gradients in one forward, and the same logits turn by turn through the cache."""
+    """The same logits and gradients in one forward, and the same logits from the cache."""
     plain, rng = lesson(), random.Random(5)
-    for seed in range(4):
+    for seed in range(2):
         model = make(variant, 400, seed)
         twin = plain.GPT(plain.GPTConfig(**asdict(model.config)))
         twin.load_state_dict(model.state_dict())
@@ -379,13 +377,10 @@ def test_the_lesson_above_the_line_is_the_whole_model(variant, name):
             expected = model(tokens, f)
             scale = float(expected.abs().max())
             assert torch.allclose(twin(tokens, f), expected, atol=1e-5 * scale, rtol=0)
-            parts = zip(
-                feed_as_chat_does(model, tokens, segments, MASKS[name]),
-                feed_as_chat_does(
-                    twin, tokens, segments, MASKS[name], cache=plain.Cache(twin.config)
-                ),
-            )
-            for (_, a), (_, b) in parts:
+            given, cache = (tokens, segments, MASKS[name]), plain.Cache(twin.config)
+            ours = feed_as_chat_does(model, *given)
+            theirs = feed_as_chat_does(twin, *given, cache=cache)
+            for (_, a), (_, b) in zip(ours, theirs):
                 assert torch.allclose(a, b, atol=1e-5 * scale, rtol=0)
         for each in (model, twin):
             each(tokens, f).square().mean().backward()
@@ -397,16 +392,17 @@ def test_the_lesson_above_the_line_is_the_whole_model(variant, name):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
 def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
-    """A dialogue at once, and its start at once and the rest token by token; against the plain model with the weights as rounded."""
+    """A dialogue at once, and its start at once and the rest token by token.
+
+    Against the plain model with the weights as rounded.
+    """
     rng = random.Random(0)
     for seed in range(6):
         model = make(variant, seed=seed)
         packed = pack(copy.deepcopy(model).bfloat16(), kind)
         kinds = {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)}
-        assert PACKED[kind] in kinds and kinds <= {
-            PACKED[kind],
-            PackedLinear,
-        }  # in 4 bits some shapes are not there
+        # In 4 bits some shapes are not there.
+        assert PACKED[kind] in kinds and kinds <= {PACKED[kind], PackedLinear}
         for name, linear in packed.named_modules():
             if isinstance(linear, PackedLinear):
                 original = model.get_submodule(name)
@@ -427,43 +423,44 @@ def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
         cut = rng.randint(1, tokens.shape[1])
         cache = Cache(packed.config)
         read_one = one_by_one(packed, cache)
-        parts = [
-            packed(tokens[:, :cut], None, cache)[0],
-            *(read_one(int(token))[None] for token in tokens[0, cut:]),
-        ]
+        parts = [packed(tokens[:, :cut], None, cache)[0]]
+        parts += [read_one(int(token))[None] for token in tokens[0, cut:]]
         whole, causal_whole = model(tokens, f), model(tokens)[0]
         assert (packed(tokens, f) - whole).norm() <= 0.02 * whole.norm()
         assert (torch.cat(parts) - causal_whole).norm() <= 0.02 * causal_whole.norm()
 
 
 def linear_step(weight, levels, group):
-    """The largest rounding error of weights in groups of neighbours, each with `levels` steps to a side of its middle."""
+    """The largest rounding error of weights in groups of neighbours.
+
+    A group has `levels` steps to each side of its middle, which is 0 where there are many.
+    """
     groups = weight.view(-1, group)
-    return (
-        float(((groups.amax(1) - groups.amin(1)) / 2 if levels < 8 else groups.abs().amax(1)).max())
-        / levels
-    )
+    if levels < 8:
+        reach = (groups.amax(1) - groups.amin(1)) / 2
+    else:
+        reach = groups.abs().amax(1)
+    return float(reach.max()) / levels
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
 def test_steps_written_out_are_the_model(variant):
-    """Token by token behind a start that was read at once: the logits and the cache of the modules."""
+    """Token by token behind a start that was read at once: logits and cache of the modules."""
     rng = random.Random(1)
     for seed in range(8):
         model = make(variant, 64, seed)
         tokens = torch.tensor([[rng.randrange(50) for _ in range(64)]])
         cut = rng.randint(1, 63)
-        caches = [Cache(model.config), Cache(model.config)]
-        for cache in caches:
-            model(tokens[:, :cut], None, cache)
-        read_one = one_by_one(model, caches[0])
+        cache, expected = Cache(model.config), Cache(model.config)
+        for each in (cache, expected):
+            model(tokens[:, :cut], None, each)
+        read_one = one_by_one(model, cache)
         for token in tokens[0, cut:].tolist():
-            got, want = read_one(token), model(torch.tensor([[token]]), None, caches[1])[0, 0]
+            got, want = read_one(token), model(torch.tensor([[token]]), None, expected)[0, 0]
             assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
-        assert torch.allclose(caches[0].k, caches[1].k, atol=1e-5) and torch.allclose(
-            caches[0].v, caches[1].v, atol=1e-5
-        )
+        assert torch.allclose(cache.k, expected.k, atol=1e-5)
+        assert torch.allclose(cache.v, expected.v, atol=1e-5)
         with pytest.raises(ValueError, match="context of 64"):
             read_one(0)
 
@@ -478,13 +475,12 @@ def test_without_torchs_private_operators_the_weights_are_bfloat16(monkeypatch):
     monkeypatch.setattr(Int4Linear, "pack", gone)
     for kind in ("int8", "int4"):
         packed = pack(make().bfloat16(), kind)
-        assert {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)} == {
-            PackedLinear
-        }
+        kinds = {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)}
+        assert kinds == {PackedLinear}
 
 
 def decoded(model, tokens, f):
-    """The logits (T, V) of a dialogue whose answers are written by Replay, and its queries read in one call."""
+    """The logits (T, V) of a dialogue: Replay writes answers, a query is read in one call."""
     cache = Cache(model.config, device=tokens.device, dtype=model.embed.weight.dtype)
     cache.k.fill_(torch.nan)  # what memory happens to hold must not matter
     replay = Replay(model, cache)
@@ -501,16 +497,17 @@ def decoded(model, tokens, f):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_replayed_steps_are_the_full_forward(variant):
-    """The steps that a CUDA graph captures, run without a graph; contexts below and above the smallest graph's."""
+    """The steps that a CUDA graph captures, run without a graph.
+
+    Contexts below and above the smallest graph's.
+    """
     rng = random.Random(0)
     for seed, block_size in enumerate((40, 96, 200, 600)):
         model = make(variant, block_size, seed)
         tokens, segments = dialogue(rng, block_size, turns=block_size // 8)
         f = ism(segments)
-        whole = model(tokens, f)[0]
-        assert torch.allclose(
-            decoded(model, tokens, f), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5
-        )
+        got, whole = decoded(model, tokens, f), model(tokens, f)[0]
+        assert torch.allclose(got, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)
 
 
 @torch.no_grad()
@@ -531,28 +528,27 @@ def test_replay_refuses_a_full_cache():
 @pytest.mark.parametrize("Hkv", [8, 2])
 @pytest.mark.parametrize("T", [320, 1200])  # by SDPA and by FlexAttention
 def test_cuda_attention_is_fused_and_right(dtype, tolerance, name, Hkv, T):
-    """Forward and backward with only the fused kernels allowed, against float64 on the same rounded inputs."""
+    """Forward and backward with only the fused kernels allowed.
+
+    Against float64 on the same rounded inputs.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     H, D = 8, 64
     f = MASKS[name]((torch.arange(T) // 23 + 1)[None].expand(2, T))
     attend = choose_attention(f, T, torch.device("cuda"))
     assert (attend.func is attend_by_blocks) == (name != "causal" and T >= FLEX_FROM)
-    q, k, v = (
-        torch.randn(2, h, T, D, device="cuda", dtype=dtype, requires_grad=True)
-        for h in (H, Hkv, Hkv)
-    )
-    with sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    ):
+    there = dict(device="cuda", dtype=dtype, requires_grad=True)
+    q, k, v = (torch.randn(2, h, T, D, **there) for h in (H, Hkv, Hkv))
+    fused = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+    with sdpa_kernel([getattr(SDPBackend, name) for name in fused]):
         out = attend(q, k, v)
         seed = torch.randn_like(out)
         grads = torch.autograd.grad(out, (q, k, v), seed)
     Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
     expected = exact_attention(Q, K, V, f.cuda())
-    for got, want in zip(
-        (out, *grads), (expected, *torch.autograd.grad(expected, (Q, K, V), seed.double()))
-    ):
+    wanted = torch.autograd.grad(expected, (Q, K, V), seed.double())
+    for got, want in zip((out, *grads), (expected, *wanted)):
         assert (got.double() - want).norm() / want.norm() < tolerance
 
 
@@ -561,10 +557,8 @@ def test_cuda_long_rows_need_no_square_of_their_length():
     """32,768 tokens, one row, forward and backward: a mask of T x T alone would be 1 GiB."""
     T = 32768
     f = ism((torch.arange(T) // 300 + 1)[None])
-    q, k, v = (
-        torch.randn(1, 4, T, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
-    )
+    there = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = (torch.randn(1, 4, T, 64, **there) for _ in range(3))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = choose_attention(f, T, q.device)(q, k, v)
@@ -583,6 +577,5 @@ def test_cuda_graphs_are_the_full_forward(variant):
         tokens, f = tokens.cuda(), ism(segments)
         got, want = decoded(model, tokens, f).double(), model(tokens, f)[0].double()
         exact = model.double()(tokens, f)[0]
-        assert (got - exact).norm() < 2 * (
-            want - exact
-        ).norm()  # no further from the truth than rounding takes any path
+        # No further from the truth than rounding takes any path.
+        assert (got - exact).norm() < 2 * (want - exact).norm()

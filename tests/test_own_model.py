@@ -1,4 +1,4 @@
-"""Chats with checkpoint folders in the Hugging Face format, against transformers and its chat templates."""
+"""Chats with checkpoint folders in the Hugging Face format, against transformers' templates."""
 
 import json
 import random
@@ -24,13 +24,17 @@ sys.path.insert(0, str(ROOT / "demos"))
 import elsewhere
 from finetune import add_lora, merge_lora
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 LLAMA3 = (
-    "{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{% for m in messages %}{{ bos_token if loop.first }}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 KINDS = {"qwen": ("qwen2", CHATML), "smollm2": ("smollm2", CHATML), "llama3": ("llama3.2", LLAMA3)}
-
 
 # Chat templates with a system prompt of their own, SYSTEM, for dialogues that have none: SmolLM2's,
 # Qwen2.5's (shortened where tools are listed), and others of the kind.
@@ -67,19 +71,16 @@ QWEN25 = r"""{%- if tools %}
 """
 UNLESS = "{% if messages[0].role != 'system' %}"
 BARE = UNLESS + "<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}" + CHATML
-BEGUN = (
-    "{{ bos_token }}"
-    + UNLESS
-    + r"{{ '<|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>' }}{% endif %}"
-    + LLAMA3.replace("{{ bos_token if loop.first }}", "")
-)
+OWN = r"{{ '<|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>' }}{% endif %}"
+BEGUN = "{{ bos_token }}" + UNLESS + OWN + LLAMA3.replace("{{ bos_token if loop.first }}", "")
 EACH = "{% for m in messages %}"
-NONE = CHATML.replace(
-    EACH,
-    EACH + "{% if m.role == 'system' %}{{ '<|im_start|>system\n' ~ "
-    "m.content ~ '<|im_end|>' ~ '\n' }}{% continue %}{% endif %}",
+GIVEN = (
+    "{% if m.role == 'system' %}{{ '<|im_start|>system\n' ~ m.content ~ '<|im_end|>' ~ '\n' }}"
+    "{% continue %}{% endif %}"
 )
-TEMPLATES = {  # name: (kind, template, whether it has a system prompt of its own)
+NONE = CHATML.replace(EACH, EACH + GIVEN)
+# Name: the kind, the template, and whether it has a system prompt of its own.
+TEMPLATES = {
     "smollm2": ("smollm2", SMOLLM2, True),
     "qwen2.5": ("qwen", QWEN25, True),
     "bare": ("smollm2", BARE, True),
@@ -97,22 +98,24 @@ PROMPTS = [
 
 
 def make_folder(kind, folder):
-    """A random model and a trained BPE in one folder, as a published checkpoint has them; returns transformers' tokenizer."""
+    """A random model and a trained BPE in one folder, as a published checkpoint has them.
+
+    Returns transformers' tokenizer.
+    """
     architecture, options = FAMILIES[KINDS[kind][0]]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(
-        **{**SIZES, "vocab_size": 1600, "max_position_embeddings": 512}, **options
-    )
+    sizes = {**SIZES, "vocab_size": 1600, "max_position_embeddings": 512}
+    config = getattr(transformers, f"{architecture}Config")(**sizes, **options)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.2)
     model.save_pretrained(folder)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=trained(kind), bos_token="<|begin_of_text|>" if kind == "llama3" else None
-    )
+    begin = "<|begin_of_text|>" if kind == "llama3" else None
+    bpe = trained(kind)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=begin)
     fast.chat_template = KINDS[kind][1]
-    trained(kind).save(str(folder / "tokenizer.json"))
+    bpe.save(str(folder / "tokenizer.json"))
     return fast
 
 
@@ -130,7 +133,10 @@ def fresh(chat, query):
 
 
 def user(rng):
-    """A random query. A first line break is left out: templates that do not cut it off merge it with the header's."""
+    """A random query.
+
+    It begins with no line break: templates that do not cut it off merge it with the header's.
+    """
     words = [p for p in PIECES if p.strip() and p.isprintable()]
     return {"role": "user", "content": "".join(rng.choices(words, k=rng.randint(1, 9))).strip()}
 
@@ -142,23 +148,14 @@ def test_a_folder_chats(kind, mask, tmp_path):
     make_folder(kind, tmp_path)
     rng = random.Random(kind + mask)
     for number in range(4):
-        chat = load_chat(
-            tmp_path,
-            "cpu",
-            "float32",
-            mask,
-            system=rng.choice(("", "Be kind.")),
-            temperature=1.0,
-            seed=number,
-            max_new_tokens=9,
-        )
+        options = dict(system=rng.choice(("", "Be kind.")), seed=number)
+        options |= dict(temperature=1.0, max_new_tokens=9)
+        chat = load_chat(tmp_path, "cpu", "float32", mask, **options)
         for _ in range(4):
             before = len(chat.layout()[0]) if chat.turns else 0
             chat.send(user(rng)["content"])
-            assert (
-                chat.stats["prefill tokens"] + chat.stats["decode tokens"]
-                == len(chat.layout()[0]) - before
-            )
+            read = chat.stats["prefill tokens"] + chat.stats["decode tokens"]
+            assert read == len(chat.layout()[0]) - before
             with torch.inference_mode():
                 cached, whole = fresh(chat, "so?")
             assert torch.allclose(cached, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
@@ -166,20 +163,21 @@ def test_a_folder_chats(kind, mask, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chat_is_the_template(kind, tmp_path):
-    """The tokens of a chat, and of its next query, are those of transformers' chat template, turn by turn."""
+    """The tokens of a chat, and of its next query, are those of transformers' chat template."""
     fast = make_folder(kind, tmp_path)
     rng = random.Random(kind)
-    template = lambda messages, header: list(
-        fast.apply_chat_template(messages, add_generation_prompt=header, return_dict=False)
-    )
+
+    def template(messages, header):
+        options = dict(add_generation_prompt=header, return_dict=False)
+        return list(fast.apply_chat_template(messages, **options))
+
     chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=1)
     for number in range(20):
         messages = [{"role": "system", "content": "Be kind."}] * (number % 2)
         chat.messages = []
         for _ in range(4):
-            messages += [user(rng) for _ in range(rng.choice((1, 1, 2)))] + [
-                {"role": "assistant", "content": user(rng)["content"]}
-            ]
+            messages += [user(rng) for _ in range(rng.choice((1, 1, 2)))]
+            messages.append({**user(rng), "role": "assistant"})
             go_on(chat, messages)
             tokens, segments = chat.layout()
             assert (tokens, segments) == chat.tokenizer.encode_dialogue(messages)
@@ -236,19 +234,15 @@ def test_the_templates_own_system_prompt(name, tmp_path):
 
 
 def test_greedy_chat_writes_what_transformers_generates(tmp_path):
-    """Causal, two turns: the tokens of transformers' own greedy decoding over the template's ids."""
+    """Causal: the tokens of transformers' own greedy decoding over the template's ids."""
     for kind in KINDS:
         fast = make_folder(kind, tmp_path / kind)
         chat = load_chat(tmp_path / kind, "cpu", "float32", "causal", max_new_tokens=6)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / kind, dtype=torch.float32
-        )
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        theirs = load(tmp_path / kind, dtype=torch.float32)
         chat.send("Hi, I'm Ann.")
-        ids = fast.apply_chat_template(
-            [{"role": "user", "content": "Hi, I'm Ann."}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
+        query = [{"role": "user", "content": "Hi, I'm Ann."}]
+        ids = fast.apply_chat_template(query, add_generation_prompt=True, return_dict=False)
         out = theirs.generate(
             torch.tensor([ids]),
             max_new_tokens=6,
@@ -262,19 +256,8 @@ def test_greedy_chat_writes_what_transformers_generates(tmp_path):
 
 def test_commands_with_a_folder(tmp_path):
     make_folder("qwen", tmp_path)
-    done = run(
-        "sample.py",
-        "--ckpt",
-        str(tmp_path),
-        "--mask",
-        "prefix",
-        "--max_new_tokens",
-        "5",
-        "--prompt",
-        "Hi",
-        "--prompt",
-        "So?",
-    )
+    flags = "--mask prefix --max_new_tokens 5 --prompt Hi --prompt So?".split()
+    done = run("sample.py", "--ckpt", str(tmp_path), *flags)
     assert done.returncode == 0 and done.stdout.count("> ") >= 2, done.stderr
     config = json.loads((tmp_path / "config.json").read_text())
     for change, words in (
@@ -283,17 +266,17 @@ def test_commands_with_a_folder(tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         done = run("sample.py", "--ckpt", str(tmp_path))
-        assert (
-            done.returncode != 0
-            and words in done.stderr
-            and len(done.stderr.strip().splitlines()) == 1
-        )
+        assert done.returncode != 0 and words in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rank", [0, 8])
 def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
-    """Logits equal those of the model that was saved: with LoRA merged, from a sharded source, and in bfloat16."""
+    """Logits equal those of the model that was saved.
+
+    With LoRA merged, from a sharded source, and in bfloat16.
+    """
     theirs = make(family, tmp_path / "source", max_shard_size="10KB" if rank else "5GB")
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 1e-4)):
         ours = from_pretrained(tmp_path / "source", dtype=dtype)
@@ -306,24 +289,24 @@ def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
         out = tmp_path / f"{dtype}"
         save_pretrained(ours, tmp_path / "source", out)
         assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype)[6:]
-        again, info = type(theirs).from_pretrained(
-            out, dtype=torch.float32, output_loading_info=True
-        )
+        load = type(theirs).from_pretrained
+        again, info = load(out, dtype=torch.float32, output_loading_info=True)
         assert not any(info.values())
         check_equal(again.eval(), ours.float().eval(), tolerance)
         check_equal(again, from_pretrained(out), tolerance)
-        assert (
-            rank
-            or dtype == torch.bfloat16
-            or all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters()))
-        )
+        if not rank and dtype == torch.float32:
+            for a, b in zip(theirs.parameters(), again.parameters()):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_model_of_ism_elsewhere(kind, tmp_path):
-    """demos/elsewhere.py: transformers gives our chat's logits if it is told the mask, turn by turn
-    from its cache and for a whole dialogue. If it is not told, they differ, and no error tells."""
+    """demos/elsewhere.py: transformers gives our chat's logits if it is told the mask.
+
+    Turn by turn from its cache, and for a whole dialogue. If it is not told, they differ, and no
+    error tells.
+    """
     fast = make_folder(kind, tmp_path)
     fast.eos_token = LAYOUTS["llama3" if kind == "llama3" else "chatml"]["end"]
     fast.save_pretrained(tmp_path)

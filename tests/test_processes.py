@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from test_data import chat
+from test_data import random_chats, write
 
 SCRIPT = """
 import json, pathlib, sys
@@ -20,12 +19,15 @@ import train
 import data.loader
 from data.machine import RANK
 data.loader.CACHE = pathlib.Path(sys.argv[1]) / "cache"
-seen, read, norms, parts, clip = [], [], [], train.parts, train.torch.nn.utils.clip_grad_norm_
+seen, read, norms = [], [], []
+parts, clip = train.parts, train.torch.nn.utils.clip_grad_norm_
 
 
 def noted(run, rows, mask):
-    cut = parts(run, rows, mask)
-    read.append([tokens[i][segments[i] > 0].tolist() for tokens, segments, _ in cut for i in range(len(tokens))])
+    cut, of_step = parts(run, rows, mask), []
+    for tokens, segments, _ in cut:
+        of_step += [row[real].tolist() for row, real in zip(tokens, segments > 0)]
+    read.append(of_step)
     return cut
 
 
@@ -50,17 +52,9 @@ name.write_text(json.dumps([seen, read, metrics["loss"], metrics["accuracy"], no
 def launch(processes, tmp_path, settings, **options):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
-    how = (
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-        if processes > 1
-        else [sys.executable]
-    )
+    how = [sys.executable]
+    if processes > 1:
+        how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*how, str(script), str(tmp_path), json.dumps(settings)],
@@ -76,23 +70,8 @@ def launch(processes, tmp_path, settings, **options):
 
 @pytest.fixture
 def settings(tmp_path):
-    rng = random.Random(0)
-    dialogues = [
-        sum(
-            (
-                json.loads(chat(n, "hello " * rng.randint(1, 9)))["messages"]
-                for _ in range(rng.randint(1, 3))
-            ),
-            [],
-        )
-        for n in range(90)
-    ]
-    path = tmp_path / "chats.jsonl"
-    path.write_text(
-        "\n".join(json.dumps({"messages": messages}) for messages in dialogues), encoding="utf-8"
-    )
     return dict(
-        data=str(path),
+        data=write(tmp_path / "chats.jsonl", random_chats(90, 9)),
         n_layer=2,
         n_head=2,
         n_embd=32,
@@ -110,7 +89,10 @@ def settings(tmp_path):
     [dict(mask="ism", grad_accum=2, checkpointing=True), dict(mask="prefix", batch_size=2)],
 )
 def test_two_processes_equal_one(tmp_path, settings, options):
-    """The same losses over 20 steps, the same weights and held-out figures; each reads its own rows, one prints and writes."""
+    """The same losses over 20 steps, the same weights and held-out figures.
+
+    Each process reads its own rows; one prints and writes.
+    """
     runs = {}
     for processes in (1, 2):
         out = tmp_path / f"out{processes}"
@@ -118,41 +100,37 @@ def test_two_processes_equal_one(tmp_path, settings, options):
         printed = process.communicate(timeout=240)[0]
         assert process.returncode == 0, printed
         assert printed.count("parameters, ") == 1 and printed.count("were cut") <= 1
-        runs[processes] = [
-            json.loads((out / f"losses.{rank}.json").read_text()) for rank in range(processes)
-        ]
+        files = [out / f"losses.{rank}.json" for rank in range(processes)]
+        runs[processes] = [json.loads(file.read_text()) for file in files]
         runs[processes].append(torch.load(out / "ckpt.pt", weights_only=True)["model"])
     (one, rows, loss, accuracy, norms), weights = runs[1]
     first, second, both = runs[2]
     assert len(one) == 20 and one[-1] < one[0]
     assert all(abs(a + b - whole) < 1e-5 for a, b, whole in zip(first[0], second[0], one))
     assert all(abs(a - whole) < 1e-3 * whole for a, whole in zip(first[4], norms))
-    assert (
-        abs(first[2] - loss) < 1e-4
-        and first[2:] == second[2:]
-        and first[3].keys() == accuracy.keys()
-    )
+    assert abs(first[2] - loss) < 1e-4 and first[3].keys() == accuracy.keys()
+    assert first[2:] == second[2:]
     assert all((weights[name] - both[name]).abs().max() < 1e-3 for name in weights)
     alone = 0
     for whole, a, b in zip(rows, first[1], second[1]):
         a, b, whole = ({tuple(row) for row in part} for part in (a, b, whole))
         assert a | b == whole and not a & b
-        alone += not b  # of one row the second process has nothing
+        if not b:  # of one row the second process has nothing
+            alone += 1
     assert alone > 0 or "grad_accum" not in options
 
 
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path, settings):
     out = tmp_path / "out"
-    process = launch(
-        2, tmp_path, {**settings, "max_iters": 100000, "eval_interval": 5, "out_dir": str(out)}
-    )
+    settings |= {"max_iters": 100000, "eval_interval": 5, "out_dir": str(out)}
+    process = launch(2, tmp_path, settings)
     until = time.time() + 120
     while not (out / "ckpt.pt").exists() and time.time() < until:
         time.sleep(0.2)
-    workers = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    assert len(workers) == 2, process.communicate()[0] if process.poll() is not None else workers
+    children = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    workers = subprocess.run(children, capture_output=True, text=True).stdout.split()
+    ended = process.poll() is not None
+    assert len(workers) == 2, process.communicate()[0] if ended else workers
     os.kill(int(workers[1]), signal.SIGKILL)
     printed = process.communicate(timeout=100)[0]  # no hang
     assert process.returncode != 0 and "SIGKILL" in printed

@@ -15,22 +15,10 @@ from sample import load_chat
 def made(tmp_path_factory):
     """A quick study of two rows: its folder, the printed text."""
     folder = tmp_path_factory.mktemp("quality")
-    done = run(
-        "demos/quality.py",
-        "--quick",
-        "--seeds",
-        "1",
-        "--rows",
-        "prefix;ism",
-        "--chats",
-        "6",
-        "--runs",
-        str(folder / "runs"),
-        "--json",
-        str(folder / "quality.json"),
-        "--out",
-        str(folder / "new" / "quality.png"),
-    )
+    flags = "--quick --seeds 1 --rows prefix;ism --chats 6".split()
+    flags += ["--runs", str(folder / "runs"), "--json", str(folder / "quality.json")]
+    flags += ["--out", str(folder / "new" / "quality.png")]
+    done = run("demos/quality.py", *flags)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -48,15 +36,17 @@ def test_all_runs_are_there_with_shares_of_answers(made):
         assert all(0 <= right <= asked for asked, right in record["chat"])
         said_in_all = sum(asked for asked, _ in record["chat"])
         dialogues = generate("test", 6, record["seed"], mixed=True)
-        assert said_in_all == sum(
-            m["role"] == "assistant" for d in dialogues for m in d["messages"]
-        )
+        roles = [m["role"] for d in dialogues for m in d["messages"]]
+        assert said_in_all == roles.count("assistant")
     assert (folder / "new" / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "| ism" in said and "the four patterns" in said and "its own answers as history" in said
 
 
 def test_a_study_goes_on_where_it_was_stopped(made):
-    """Runs that the file holds are not made again; one whose figures are missing is made of its checkpoint."""
+    """Runs that the file holds are not made again.
+
+    One whose figures are missing is made of its checkpoint.
+    """
     folder, _ = made
     figures = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     lost = figures["runs"].pop(1)
@@ -64,13 +54,11 @@ def test_a_study_goes_on_where_it_was_stopped(made):
     study = Study(quick=True, seeds=1, rows="prefix;ism", chats=6, runs=str(folder / "runs"))
     run_all(study, figures)
     again = figures["runs"][-1]
-    assert {k: v for k, v in again.items() if k not in ("seconds", "settings")} == {
-        k: v for k, v in lost.items() if k not in ("seconds", "settings")
-    }
-    changed = {
-        path.parent.name for path, before in written.items() if path.stat().st_mtime_ns != before
-    }
-    assert changed == {"ism-0"}
+    for record in (again, lost):
+        del record["seconds"], record["settings"]
+    assert again == lost
+    changed = [path for path, before in written.items() if path.stat().st_mtime_ns != before]
+    assert [path.parent.name for path in changed] == ["ism-0"]
 
 
 def test_self_chat_counts_what_a_chat_by_hand_gives(made):
@@ -80,11 +68,11 @@ def test_self_chat_counts_what_a_chat_by_hand_gives(made):
     for dialogue in generate("test", 6, 0, mixed=True):
         chat.messages = [m for m in dialogue["messages"] if m["role"] == "system"]
         chat.reset()
-        for query, answer in zip(
-            *[iter(m for m in dialogue["messages"] if m["role"] != "system")] * 2
-        ):
+        texts = [m["content"] for m in dialogue["messages"] if m["role"] != "system"]
+        for query, answer in zip(texts[::2], texts[1::2]):
             asked += 1
-            right += chat.send(query["content"]) == answer["content"]
+            if chat.send(query) == answer:
+                right += 1
     counted = self_chat(folder / "runs" / "ism-0" / "ckpt.pt", 6)
     assert [sum(column) for column in zip(*counted)] == [asked, right]
 

@@ -1,4 +1,7 @@
-"""Nothing lost, nothing leaked: training under kills and faults, chat under hostile text and long use, the same seed twice."""
+"""Nothing lost, nothing leaked.
+
+Training under kills and faults, chat under hostile text and long use, the same seed twice.
+"""
 
 import gc
 import json
@@ -16,7 +19,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_chat import TOKENIZER, check_cache, make_chat, run
+from test_chat import TOKENIZER, check_cache, make_chat, peak_memory, run
 from test_data import SPECIAL
 from test_train import TINY
 
@@ -30,7 +33,8 @@ from train import Settings, train
 
 resource = pytest.importorskip("resource", reason="limits and signals as Linux and macOS have them")
 
-# A checkpoint every other step, so that much of the time is spent writing; many more steps than the kills wait for, so that a late one still comes in time.
+# A checkpoint every other step, so that much of the time is spent writing. Many more steps than the
+# kills wait for, so that a late one still comes in time.
 KILLED = dict(
     n_dialogues=20,
     n_layer=2,
@@ -47,8 +51,10 @@ KILLED = dict(
 
 def start(out, resume=False, **changed):
     flags = [f"--{name}={value}" for name, value in {**KILLED, "out_dir": out, **changed}.items()]
+    if resume:
+        flags.append("--resume")
     return subprocess.Popen(
-        [sys.executable, "train.py", *flags, *["--resume"] * resume],
+        [sys.executable, "train.py", *flags],
         cwd=ROOT,
         text=True,
         encoding="utf-8",
@@ -58,29 +64,27 @@ def start(out, resume=False, **changed):
     )
 
 
+def slots_of(state):
+    """The dicts of tensors that a checkpoint holds: the model's, and one of each optimizer slot."""
+    return [state["model"], *state["optimizer"]["state"].values()]
+
+
 def finish(out, resume=False, **changed):
-    """The final loss, and all that the last checkpoint holds but the settings."""
+    """The final loss, the step, and all numbers that the last checkpoint holds."""
     process = start(out, resume, **changed)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     state = load_checkpoint(out / "ckpt.pt")
-    numbers = [
-        *state["model"].values(),
-        *(x for slots in state["optimizer"]["state"].values() for x in slots.values()),
-    ]
-    return (
-        json.loads((out / "metrics.json").read_text(encoding="utf-8"))["loss"],
-        state["step"],
-        numbers,
-    )
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    numbers = [x for slots in slots_of(state) for x in slots.values()]
+    return metrics["loss"], state["step"], numbers
 
 
 def same(a, b):
-    return (
-        a[:2] == b[:2]
-        and len(a[2]) == len(b[2])
-        and all(torch.equal(x, y) for x, y in zip(a[2], b[2]))
-    )
+    """Whether two runs have the same loss, step and numbers at their end."""
+    if a[:2] != b[:2] or len(a[2]) != len(b[2]):
+        return False
+    return all(torch.equal(x, y) for x, y in zip(a[2], b[2]))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,10 @@ def whole(tmp_path_factory):
 
 
 def wait_for(process, condition, seconds=120):
-    """Busy, since a file is being written for a few milliseconds only. False if the process ended before."""
+    """Whether the condition came true before the process ended.
+
+    Asks all the time, since a file is being written for a few milliseconds only.
+    """
     until = time.time() + seconds
     while process.poll() is None and time.time() < until:
         if condition():
@@ -98,22 +105,33 @@ def wait_for(process, condition, seconds=120):
     return False
 
 
+def written(file):
+    """When a file was written, 0 if it is not there."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def wait_for_another(process, file, before):
+    """Whether a file was written anew before the process ended."""
+    return wait_for(process, lambda: written(file) != before)
+
+
 def kill(out, moment, rng):
-    """Start or resume the run and kill it while it starts, in some step, or while it writes a checkpoint. True if it was writing."""
+    """Start or resume the run and kill it. True if it was writing a checkpoint.
+
+    moment: while it starts, in some step, or while it writes a checkpoint.
+    """
     file = out / "ckpt.pt"
     half_written = lambda: any(out.glob("ckpt.pt.*.partial"))
-    written = lambda: file.stat().st_mtime_ns if file.exists() else 0
-    before, process = written(), start(out, resume=file.exists())
+    before, process = written(file), start(out, resume=file.exists())
     if moment == "start":
         end = time.time() + rng.uniform(0, 4)
-        wait_for(
-            process, lambda: time.time() > end or written() != before
-        )  # its first checkpoint ends the start
+        # Its first checkpoint ends the start.
+        wait_for(process, lambda: time.time() > end or written(file) != before)
     else:
         for _ in range(rng.randint(1, 6)):  # the n-th checkpoint from here
-            if not wait_for(process, lambda: written() != before):
+            if not wait_for_another(process, file, before):
                 break
-            before = written()
+            before = written(file)
         time.sleep(rng.uniform(0, 0.05))
         if moment == "writing":
             wait_for(process, half_written)
@@ -137,51 +155,46 @@ def test_twenty_kills(tmp_path, whole):
     rng, writing = random.Random(time.time()), 0
     for number in range(20):
         out = tmp_path / str(number)
-        writing += kill(out, ("step", "writing", "writing", "start")[number % 4], rng)
+        moment = ("step", "writing", "writing", "start")[number % 4]
+        if kill(out, moment, rng):
+            writing += 1
         assert same(finish(out, resume=(out / "ckpt.pt").exists()), whole)
     print(f"20 kills, {writing} while a checkpoint was half written")
     assert writing >= 3
 
 
 def test_a_signal_ends_in_a_checkpoint_and_a_line(tmp_path, whole):
-    file, written = tmp_path / "ckpt.pt", 0
+    file = tmp_path / "ckpt.pt"
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(tmp_path, resume=written > 0)
-        assert wait_for(process, lambda: file.exists() and file.stat().st_mtime_ns != written)
+        before = written(file)
+        process = start(tmp_path, resume=file.exists())
+        assert wait_for_another(process, file, before)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-        line, step, written = (
-            errors.splitlines()[-1],
-            load_checkpoint(file)["step"],
-            file.stat().st_mtime_ns,
-        )
         assert process.returncode == 1 and "Traceback" not in errors
-        assert (
-            line
-            == f"train.py: stopped after step {step} of {KILLED['max_iters']}; the same flags and --resume go on from {file}"
-        )
+        step = load_checkpoint(file)["step"]
+        stopped = f"stopped after step {step} of {KILLED['max_iters']}"
+        how = f"the same flags and --resume go on from {file}"
+        assert errors.splitlines()[-1] == f"train.py: {stopped}; {how}"
     assert same(finish(tmp_path, resume=True), whole)
 
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C interrupts, also where the tests were started in the background, with SIGINT ignored."""
+    """Ctrl-C interrupts, also where the tests run in the background, with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def test_stopping_cuts_no_step_and_the_second_time_interrupts(interruptible):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    steps = []
+    handlers = lambda: (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    before, steps = handlers(), []
     for batch in until_stopped(range(100)):
         if batch == 3:
             signal.raise_signal(signal.SIGTERM)
         steps.append(batch)
-    assert (
-        steps == [0, 1, 2, 3]
-        and (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    )
+    assert steps == [0, 1, 2, 3] and handlers() == before
     with pytest.raises(KeyboardInterrupt):
         for _ in until_stopped(range(100)):
             signal.raise_signal(signal.SIGINT)
@@ -193,26 +206,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, interval):
     s = {**TINY, "n_dialogues": 40, "out_dir": str(tmp_path)}
     train(Settings(**s, max_iters=5))
     good = (tmp_path / "ckpt.pt").read_bytes()
-    with pytest.raises(
-        ValueError, match=r"is NaN or infinite at step \d+;.*--learning_rate"
-    ) as error:
-        train(
-            Settings(
-                **{**s, "eval_interval": interval}, max_iters=200, learning_rate=1e30, resume=True
-            )
-        )
+    steep = {**s, "eval_interval": interval, "max_iters": 200, "learning_rate": 1e30}
+    words = r"is NaN or infinite at step \d+;.*--learning_rate"
+    with pytest.raises(ValueError, match=words) as error:
+        train(Settings(**steep, resume=True))
     assert one_line(error.value) == str(error.value)
     state = load_checkpoint(tmp_path / "ckpt.pt")
-    assert all(
-        x.isfinite().all()
-        for slots in (state["model"], *state["optimizer"]["state"].values())
-        for x in slots.values()
-    )
-    assert (
-        interval == 1
-        or (tmp_path / "ckpt.pt").read_bytes() == good
-        and " step 20;" in str(error.value)
-    )
+    assert all(x.isfinite().all() for slots in slots_of(state) for x in slots.values())
+    if interval > 1:
+        assert (tmp_path / "ckpt.pt").read_bytes() == good
+        assert " step 20;" in str(error.value)
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
@@ -221,11 +224,10 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     good, rng = path.read_bytes(), random.Random(0)
     for _ in range(30):
         state = load_checkpoint(path)
-        slots = rng.choice([state["model"], *state["optimizer"]["state"].values()])
+        slots = rng.choice(slots_of(state))
         x = slots[rng.choice(list(slots))]
-        x.view(-1)[rng.randrange(x.numel())] = rng.choice(
-            (float("nan"), float("inf"), -float("inf"))
-        )
+        bad = rng.choice((float("nan"), float("inf"), -float("inf")))
+        x.view(-1)[rng.randrange(x.numel())] = bad
         with pytest.raises(ValueError, match="is NaN or infinite at step 5"):
             save_checkpoint(path, **state)
         assert path.read_bytes() == good
@@ -242,15 +244,13 @@ def main_fails(monkeypatch, *arguments):
     return end.value.code
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"
-        ),
-        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
-    ],
-)
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
 def test_out_of_memory_on_a_gpu_names_the_flags(tmp_path, monkeypatch, error):
     """Raised by hand where there is no GPU; test_out_of_memory_on_the_cpu runs out for real."""
 
@@ -263,18 +263,16 @@ def test_out_of_memory_on_a_gpu_names_the_flags(tmp_path, monkeypatch, error):
 
 
 def test_out_of_memory_on_the_cpu(tmp_path, monkeypatch):
-    said = main_fails(
-        monkeypatch,
-        "--n_dialogues=40",
-        "--n_embd=100000000",
-        "--device=cpu",
-        f"--out_dir={tmp_path}",
-    )
+    flags = "--n_dialogues=40", "--n_embd=100000000", "--device=cpu"
+    said = main_fails(monkeypatch, *flags, f"--out_dir={tmp_path}")
     assert "--n_embd" in said
 
 
 def test_a_full_disk(tmp_path):
-    """First a device that is full, then a file system that takes no more bytes: the last good checkpoint stays."""
+    """The last good checkpoint stays.
+
+    First a device that is full, then a file system that takes no more bytes.
+    """
     s = Settings(**{**TINY, "n_dialogues": 40, "out_dir": str(tmp_path)}, max_iters=5)
     train(s)
     path = tmp_path / "ckpt.pt"
@@ -287,16 +285,13 @@ def test_a_full_disk(tmp_path):
     for limit in random.Random(0).sample(range(len(good)), 20):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(
-                ValueError, match="ckpt.pt cannot be written .File too large"
-            ) as error:
+            words = "ckpt.pt cannot be written .File too large"
+            with pytest.raises(ValueError, match=words) as error:
                 save_checkpoint(path, **state)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert path.read_bytes() == good and sorted(p.name for p in tmp_path.iterdir()) == [
-            "ckpt.pt",
-            "metrics.json",
-        ]
+        assert path.read_bytes() == good
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "metrics.json"]
     assert one_line(error.value) == str(error.value)
 
 
@@ -312,28 +307,24 @@ def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path, capsys):
         command(chat, f"/save {path}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (
-        capsys.readouterr().out.startswith("[not saved: ")
-        and path.read_bytes() == good
-        and list(tmp_path.iterdir()) == [path]
-    )
+    assert capsys.readouterr().out.startswith("[not saved: ")
+    assert path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
 
 
 def read_only(tmp_path):
     """Folders that even root cannot write into."""
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    return [
-        tmp_path / "file",
-        tmp_path / "file" / "below",
-        *map(pathlib.Path, ("/sys", "/sys/out") if sys.platform == "linux" else ()),
-    ]
+    folders = [tmp_path / "file", tmp_path / "file" / "below"]
+    if sys.platform == "linux":
+        folders += [pathlib.Path("/sys"), pathlib.Path("/sys/out")]
+    return folders
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     for folder in read_only(tmp_path):
-        assert f"--out_dir {folder} is no folder that can be written" in main_fails(
-            monkeypatch, f"--out_dir={folder}", "--max_iters=1", "--n_dialogues=40"
-        )
+        flags = f"--out_dir={folder}", "--max_iters=1", "--n_dialogues=40"
+        said = main_fails(monkeypatch, *flags)
+        assert f"--out_dir {folder} is no folder that can be written" in said
     monkeypatch.setattr("data.loader.CACHE", tmp_path / "file" / "cache")
     assert "file/cache" in main_fails(monkeypatch, f"--out_dir={tmp_path / 'out'}", "--device=cpu")
 
@@ -373,43 +364,41 @@ def test_a_checkpoint_of_another_vocabulary_or_version(tmp_path):
     train(Settings(**s))
     path = tmp_path / "ckpt.pt"
     state = load_checkpoint(path)
-    assert (
-        state["settings"]["n_layer"] == 2
-        and torch.load(path, weights_only=True)["torch"] == torch.__version__
-    )
+    assert state["settings"]["n_layer"] == 2
+    assert torch.load(path, weights_only=True)["torch"] == torch.__version__
     save_checkpoint(path, **{**state, "tokenizer": "nanoism 00000000"})
     with pytest.raises(ValueError, match="tokenizer nanoism 00000000, not nanoism"):
         train(Settings(**s, resume=True))
     with pytest.raises(ValueError, match="another tokenizer"):
         load_chat(path)
-    for version in ({"version": 99}, {"version": None}):
+    for version in (99, None):
         with whole_file(path) as file:
-            torch.save({**state, **version}, file)
+            torch.save({**state, "version": version}, file)
+        words = f"version {version}; this code reads version 1"
         for read in (load_chat, load_checkpoint):
-            with pytest.raises(
-                ValueError, match=f"version {version['version']}; this code reads version 1"
-            ):
+            with pytest.raises(ValueError, match=words):
                 read(path)
+
+
+def places_of_numbers(path):
+    """[(where the numbers of a tensor start in a checkpoint, how many bytes they are)]"""
+    raw, places = path.read_bytes(), []
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if "/data/" not in entry.filename or not entry.file_size:
+                continue
+            # Before the numbers stand a header of 30 bytes, a name and a filling.
+            start = entry.header_offset
+            filling = int.from_bytes(raw[start + 28 : start + 30], "little")
+            places.append((start + 30 + len(entry.filename) + filling, entry.file_size))
+    return places
 
 
 def test_a_changed_bit_in_a_checkpoint_is_seen(tmp_path):
     train(Settings(**{**TINY, "n_dialogues": 40, "out_dir": str(tmp_path), "max_iters": 1}))
     path, rng = tmp_path / "ckpt.pt", random.Random(0)
     good = path.read_bytes()
-    with zipfile.ZipFile(
-        path
-    ) as archive:  # where the numbers stand, behind a header of 30 bytes, a name and a filling
-        places = [
-            (
-                e.header_offset
-                + 30
-                + len(e.filename)
-                + int.from_bytes(good[e.header_offset + 28 : e.header_offset + 30], "little"),
-                e.file_size,
-            )
-            for e in archive.infolist()
-            if "/data/" in e.filename and e.file_size
-        ]
+    places = places_of_numbers(path)
     for _ in range(20):
         start, size = rng.choice(places)
         at, bad = start + rng.randrange(size), bytearray(good)
@@ -420,33 +409,10 @@ def test_a_changed_bit_in_a_checkpoint_is_seen(tmp_path):
 
 
 # Text that tries to be more than text.
-PARTS = (
-    st.lists(
-        st.one_of(
-            st.sampled_from(
-                [
-                    *SPECIAL,
-                    "<|",
-                    "|>",
-                    "<|end",
-                    "\x1b[2J",
-                    "\x07",
-                    "\u202e",
-                    "\ud83d",
-                    "\x00",
-                    "é",
-                    "<|e",
-                    "nd|>",
-                ]
-            ),
-            st.text(max_size=4),
-        ),
-        min_size=1,
-        max_size=6,
-    )
-    .map("".join)
-    .filter(bool)
-)
+SPELLED = [*SPECIAL, "<|", "|>", "<|end", "<|e", "nd|>"]
+CONTROLS = ["\x1b[2J", "\x07", "\u202e", "\ud83d", "\x00", "é"]
+PART = st.one_of(st.sampled_from([*SPELLED, *CONTROLS]), st.text(max_size=4))
+PARTS = st.lists(PART, min_size=1, max_size=6).map("".join).filter(bool)
 SPECIAL_IDS = {TOKENIZER.end, *TOKENIZER.headers.values()}
 
 
@@ -457,12 +423,12 @@ def special(tokens):
 @settings(max_examples=100, deadline=None)
 @given(system=PARTS, query=PARTS, answer=PARTS)
 def test_no_entry_lets_a_special_token_in(system, query, answer):
-    """System prompt, query, history, data: the special tokens are those of the layout, as many as there are messages."""
-    system_id, user_id, assistant_id, end = (
-        *(TOKENIZER.headers[role] for role in ("system", "user", "assistant")),
-        TOKENIZER.end,
-    )
-    turn = [user_id, end, assistant_id, end]
+    """The special tokens are those of the layout, as many as there are messages.
+
+    In the system prompt, a query, a history and data.
+    """
+    system_id, end = TOKENIZER.headers["system"], TOKENIZER.end
+    turn = [TOKENIZER.headers["user"], end, TOKENIZER.headers["assistant"], end]
     chat = make_chat(block_size=1024, max_new_tokens=3, system=system)
     assert special(chat.system) == [system_id, end]
     chat.send(query)
@@ -479,20 +445,27 @@ def test_no_entry_lets_a_special_token_in(system, query, answer):
     check_cache(chat)
 
 
-def test_an_answer_that_spells_special_tokens_stays_text(tmp_path):
-    """The model is made to say them, letter by letter; the answer comes back as history, by /save and --history too."""
-    said = "x<|end|><|user|>hi<|end|><|assistant|>\x1b[31m\u202e y"
-    chat = make_chat(block_size=512, temperature=0.0, max_new_tokens=100)
-    forced, feed = iter(TOKENIZER.encode_answer(said)), chat.feed
+def force(chat, tokens):
+    """Make these tokens the likeliest, one after another, and then the end of the answer."""
+    forced, feed = iter(tokens), chat.feed
 
-    def forcing(*tokens):
-        logits = feed(*tokens)
+    def forcing(*given):
+        logits = feed(*given)
         logits[next(forced, TOKENIZER.end)] = 1e6
         return logits
 
     chat.feed = forcing
+
+
+def test_an_answer_that_spells_special_tokens_stays_text(tmp_path):
+    """The model is made to say them, letter by letter.
+
+    The answer comes back as history, by /save and --history too.
+    """
+    said = "x<|end|><|user|>hi<|end|><|assistant|>\x1b[31m\u202e y"
+    chat = make_chat(block_size=512, temperature=0.0, max_new_tokens=100)
+    force(chat, TOKENIZER.encode_answer(said))
     reply = chat.send("go")
-    chat.feed = feed
     assert reply == said == chat.messages[-1]["content"]
     assert len(special(chat.layout()[0])) == 4
     command(chat, f"/save {tmp_path / 'a.json'}")
@@ -506,23 +479,21 @@ def test_an_answer_that_spells_special_tokens_stays_text(tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(min_size=1, max_size=20), seed=st.integers(0, 10**6))
 def test_characters_are_streamed_whole(text, seed):
-    """An answer's bytes arrive in tokens that end inside of characters; the pieces hold whole characters alone."""
+    """An answer's tokens may end inside of a character; its pieces hold whole characters alone."""
     rng = random.Random(seed)
     raw = text.encode("utf-8", "replace")
     tokens = [TOKENIZER.encoding.encode_single_token(bytes([byte])) for byte in raw]
     if rng.random() < 0.3:
         tokens = tokens[: rng.randrange(len(tokens)) + 1]  # cut off, maybe inside of a character
     chat = make_chat(block_size=256, temperature=0.0, max_new_tokens=100)
-    forced = iter(tokens)
-    chat.feed = lambda *given, feed=chat.feed: feed(*given).index_fill_(
-        0, torch.tensor([next(forced, TOKENIZER.end)]), 1e6
-    )
+    force(chat, tokens)
     pieces = list(chat.stream("go"))
     expected = raw[: len(tokens)].decode("utf-8", "replace")
     assert "".join(pieces) == expected == chat.messages[-1]["content"]
     for piece in pieces[:-1]:
         assert piece == "" or piece in expected
-    assert all("\ufffd" not in piece for piece in pieces[:-1]) or "\ufffd" in raw.decode("utf-8")
+    if "\ufffd" not in raw.decode("utf-8"):
+        assert all("\ufffd" not in piece for piece in pieces[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -533,7 +504,10 @@ def trained(tmp_path_factory):
 
 
 def test_bad_input_at_the_terminal(trained):
-    """Invalid UTF-8, control characters, 1 MB without a space, special tokens: each line is answered, in order, and nothing raw comes out."""
+    """Each line is answered, in order, and nothing raw comes out.
+
+    Invalid UTF-8, control characters, 1 MB without a space, special tokens.
+    """
     lines = [
         b"\xff\xfe\x80 hi",
         b"\x1b[2J\x07\x00",
@@ -545,19 +519,9 @@ def test_bad_input_at_the_terminal(trained):
         b"ok",
         b"/quit",
     ]
+    flags = "--device cpu --max_new_tokens 5 --temperature 2".split()
     done = subprocess.run(
-        [
-            sys.executable,
-            "sample.py",
-            "--ckpt",
-            str(trained / "ckpt.pt"),
-            "--device",
-            "cpu",
-            "--max_new_tokens",
-            "5",
-            "--temperature",
-            "2",
-        ],
+        [sys.executable, "sample.py", "--ckpt", str(trained / "ckpt.pt"), *flags],
         cwd=ROOT,
         input=b"\n".join(lines),
         capture_output=True,
@@ -572,26 +536,12 @@ def test_bad_input_at_the_terminal(trained):
 def test_a_chat_that_runs_out_of_memory(trained, monkeypatch, capsys):
     """A tensor of 4 PB is asked for in place of the cache, then in place of an answer's logits."""
     too_much = lambda *_, **__: torch.empty(1 << 50)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "sample.py",
-            "--ckpt",
-            str(trained / "ckpt.pt"),
-            "--device",
-            "cpu",
-            "--prompt",
-            "Hello!",
-            "--prompt",
-            "Hi!",
-        ],
-    )
+    flags = "--device cpu --prompt Hello! --prompt Hi!".split()
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(trained / "ckpt.pt"), *flags])
+    words = "^sample.py: out of memory; [^\n]*--block_size[^\n]*$"
     with monkeypatch.context() as patch:
         patch.setattr(sample, "Cache", too_much)
-        with pytest.raises(
-            SystemExit, match="^sample.py: out of memory; [^\n]*--block_size[^\n]*$"
-        ):
+        with pytest.raises(SystemExit, match=words):
             sample.main()
     monkeypatch.setattr(sample.Chat, "feed", too_much)
     sample.main()
@@ -611,9 +561,8 @@ def turns(chat, count):
     rng = random.Random(1)
     for _ in range(count):
         chat.temperature, chat.top_k = rng.choice((0.0, 1.0)), rng.choice((0, 5))
-        stream = chat.stream(
-            " ".join(rng.choices(["Ann", "lives", "in", "Rome", "7"], k=rng.randint(0, 30)))
-        )
+        words = rng.choices(["Ann", "lives", "in", "Rome", "7"], k=rng.randint(0, 30))
+        stream = chat.stream(" ".join(words))
         for _ in range(rng.choice((1, 2, 999))):
             if next(stream, None) is None:
                 break
@@ -621,73 +570,90 @@ def turns(chat, count):
         yield
 
 
+def numbers_alive():
+    """How many numbers all tensors have that are alive."""
+    kinds = torch.Tensor, torch.nn.Parameter
+    return sum(x.numel() for x in gc.get_objects() if type(x) in kinds)
+
+
 @pytest.mark.parametrize("mask", ["ism", "prefix"])
 def test_five_hundred_turns(mask):
-    """Nothing drifts and memory does not grow: one conversation that overflows its context again and again."""
+    """Nothing drifts and memory does not grow.
+
+    In one conversation that overflows its context again and again.
+    """
     told = []
     chat = make_chat(mask, 128, system="Be kind.", notify=told.append)
-    count = lambda: sum(
-        x.numel() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)
-    )
     held, resident = [], []
     for number, _ in enumerate(turns(chat, 500), 1):
         if number % 20 == 0:
             check_cache(chat)
         if number % 100 == 0:
             gc.collect()
-            held.append(count())
-            resident.append(
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                // (1 << 20 if sys.platform == "darwin" else 1 << 10)
-            )
+            held.append(numbers_alive())
+            resident.append(peak_memory())
     assert len(chat.messages) == 1001 and len(told) > 20
     assert max(held) - min(held) <= 2 * chat.size  # the f of one turn and of another
     assert resident[-1] - resident[0] < 20  # MB
 
 
 SAME = """
-import sys, torch, json, hashlib
-from data.loader import prepare, Split
-from data.tokenizer import Tokenizer
+import hashlib, json, pathlib, sys
+import torch
+import data.loader
 from sample import load_chat
 from train import Settings, train
-import data.loader, pathlib
 out = pathlib.Path(sys.argv[1])
 data.loader.CACHE = out / "cache"
 torch.set_num_threads(int(sys.argv[2]))
 settings = dict(json.loads(sys.argv[3]), out_dir=str(out))
+
+
+def digest(parts):
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def weights():
+    model = torch.load(out / "ckpt.pt")["model"]
+    return digest(x.numpy().tobytes() for x in model.values())
+
+
 first = train(Settings(**{**settings, "max_iters": 1, "learning_rate": 1e-30}))
-weights = lambda: hashlib.sha256(b"".join(x.numpy().tobytes() for x in torch.load(out / "ckpt.pt")["model"].values())).hexdigest()
 initial = weights()
 last = train(Settings(**settings))
 arrays = sorted((out / "cache").rglob("*.npy"))
 chat = load_chat(out / "ckpt.pt", "cpu", "float32", temperature=1.0, seed=3)
-print(json.dumps({"data": hashlib.sha256(b"".join(path.read_bytes() for path in arrays)).hexdigest(), "initial weights": initial,
-                  "losses": [first["loss"], last["loss"]], "weights": weights(), "chat": [chat.send(text) for text in ("Hello!", "My name is Ann.")]}))
+print(json.dumps({
+    "data": digest(path.read_bytes() for path in arrays),
+    "initial weights": initial,
+    "losses": [first["loss"], last["loss"]],
+    "weights": weights(),
+    "chat": [chat.send(text) for text in ("Hello!", "My name is Ann.")],
+}))
 """
 
 
 def same_seed(tmp_path, threads, hash_seeds, **settings):
-    """What runs of one seed give, each in a process of its own: {(threads, hash seed): {what: its value}}."""
+    """What runs of one seed give: {(threads, hash seed): {what: its value}}.
+
+    Each runs in a process of its own.
+    """
     results = {}
     for n in threads:
         for hash_seed in hash_seeds:
             out = tmp_path / f"{n}.{hash_seed}"
-            done = run(
-                "-c",
-                SAME,
-                str(out),
-                str(n),
-                json.dumps(settings),
-                env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
-            )
+            environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+            done = run("-c", SAME, str(out), str(n), json.dumps(settings), env=environment)
             assert done.returncode == 0, done.stderr
             results[n, hash_seed] = json.loads(done.stdout.splitlines()[-1])
     return results
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
-    """Across processes all is the same to the bit. Across thread counts the data and the initial weights are; products of matrices need not be."""
+    """Across processes all is the same to the bit.
+
+    Across thread counts the data and the initial weights are; products of matrices need not be.
+    """
     settings = {**TINY, "n_dialogues": 40, "max_iters": 10}
     results = list(same_seed(tmp_path, (1,), (1, 2), **settings).values())
     assert results[0] == results[1]

@@ -1,4 +1,7 @@
-"""demos/speed.py: it runs, and its figures are of the right kind. What they are is no matter of a test."""
+"""demos/speed.py: it runs, and its figures are of the right kind.
+
+What they are is no matter of a test.
+"""
 
 import json
 
@@ -7,28 +10,19 @@ from test_chat import run
 
 
 def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
-    done = run(
-        "demos/speed.py",
-        "--quick",
-        "--device",
-        "cpu",
-        "--json",
-        str(tmp_path / "speed.json"),
-        "--out",
-        str(tmp_path / "new" / "speed.png"),
-    )
+    files = ["--json", str(tmp_path / "speed.json"), "--out", str(tmp_path / "new" / "speed.png")]
+    done = run("demos/speed.py", "--quick", "--device", "cpu", *files)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "speed.json").read_text())
-    step = figures["a training step, times causal's"]
-    assert step["causal"]["ratio"] == 1 and set(step) == {"causal", "ism", "prefix"}
-    for found in step.values():
+    passes = figures["a training pass, times causal's"]
+    assert passes["causal"]["ratio"] == 1 and set(passes) == {"causal", "ism", "prefix"}
+    for found in passes.values():
         low, high = found["quartiles"]
         assert 0 < low <= high and found["seconds"] > 0
-    turns = figures["first token by turn"]
-    assert len({len(seconds) for seconds in turns.values()}) == 1 and all(
-        s > 0 for seconds in turns.values() for s in seconds
-    )
+    turns = figures["first token by turn"].values()
+    assert len({len(seconds) for seconds in turns}) == 1
+    assert all(s > 0 for seconds in turns for s in seconds)
     for name in figures:
         assert name in done.stdout
 
@@ -44,9 +38,5 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
 )
 def test_errors_are_one_line(flags, words):
     done = run("demos/speed.py", *flags)  # at once, not after the measurements
-    assert (
-        done.returncode != 0
-        and not done.stdout
-        and words in done.stderr.splitlines()[-1]
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode != 0 and not done.stdout
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

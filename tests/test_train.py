@@ -43,9 +43,8 @@ def test_learning_rate():
 def test_singular_values_are_moved_to_about_one(shape):
     """Against the polynomial of the singular values themselves, in float64."""
     for seed in range(20):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (
-            seed % 7 - 3
-        )
+        scale = 10.0 ** (seed % 7 - 3)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
         u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
         values = values / values.square().sum(1, keepdim=True).sqrt()
         for a, b, c in POLYNOMIALS:
@@ -58,25 +57,17 @@ def test_singular_values_are_moved_to_about_one(shape):
 
 def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(50, 16, n_layer=2, n_embd=16, n_hidden=24, token_shift=True, qk_norm=True)
-    )
+    sizes = dict(n_layer=2, n_embd=16, n_hidden=24)
+    model = GPT(GPTConfig(50, 16, token_shift=True, qk_norm=True, **sizes))
     twin = copy.deepcopy(model)
-    s = Settings(learning_rate=0.02, weight_decay=0.3)
-    optimizer, plain = (
-        make_optimizer(model, s),
-        torch.optim.AdamW(
-            twin.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        ),
-    )
-    matrices = {
-        name
-        for name, p in model.named_parameters()
-        if name.split(".")[-2] in ("qkv", "out", "up", "down")
-    }
-    assert {
-        id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]
-    } == {id(p) for name, p in model.named_parameters() if name in matrices}
+    optimizer = make_optimizer(model, Settings(learning_rate=0.02, weight_decay=0.3))
+    adamw = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    plain = torch.optim.AdamW(twin.parameters(), lr=0.02, **adamw)
+    parameters = dict(model.named_parameters())
+    ends = ".qkv.weight", ".out.weight", ".up.weight", ".down.weight"
+    matrices = {name for name in parameters if name.endswith(ends)}
+    moved = [group["params"] for group in optimizer.param_groups if group["muon"]]
+    assert {id(p) for group in moved for p in group} == {id(parameters[name]) for name in matrices}
     momentum = {}
     for _ in range(4):
         before = {name: p.clone() for name, p in model.named_parameters()}
@@ -94,11 +85,8 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
             push = equalize((0.05 * grads[name] + 0.95 * momentum[name])[None])[0]
             expected = before[name] * (1 - 0.02 * 0.3) - 0.02 * 0.1 * max(p.shape) ** 0.5 * push
             assert (p - expected).norm() < 0.01 * (expected - before[name]).norm()
-    assert not any(
-        group["muon"]
-        for s in (Settings(muon=False), Settings(init_from="x"))
-        for group in make_optimizer(model, s).param_groups
-    )
+    for s in (Settings(muon=False), Settings(init_from="x")):
+        assert not any(group["muon"] for group in make_optimizer(model, s).param_groups)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -130,22 +118,25 @@ def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
     assert all(torch.equal(a[key], b[key]) for key in a)
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert set(metrics["accuracy"]) and all(0 <= x <= 1 for x in metrics["accuracy"].values())
-    assert {
-        "accuracy",
-        "accuracy_by_turn",
-        "accuracy_by_kind",
-        "accuracy_new_words",
-        "loss",
-        "seconds",
-        "settings",
-        "parameters",
-    } == set(metrics)
+    tables = {"accuracy", "accuracy_by_turn", "accuracy_by_kind", "accuracy_new_words"}
+    assert set(metrics) == tables | {"loss", "seconds", "settings", "parameters"}
 
 
 def test_resume_with_another_config_is_told(tmp_path):
     train(Settings(**TINY, max_iters=1, out_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="another model config"):
         train(Settings(**{**TINY, "n_layer": 1}, max_iters=2, out_dir=str(tmp_path), resume=True))
+
+
+class Broken(Exception):
+    pass
+
+
+class Unsavable:
+    """Fails in the midst of saving."""
+
+    def __reduce__(self):
+        raise Broken
 
 
 def test_checkpoints_are_whole_or_not_at_all(tmp_path):
@@ -160,8 +151,8 @@ def test_checkpoints_are_whole_or_not_at_all(tmp_path):
         step=1,
     )
     save_checkpoint(path, **state)
-    with pytest.raises(Exception):
-        save_checkpoint(path, **{**state, "step": lambda: 0})
+    with pytest.raises(Broken):
+        save_checkpoint(path, **{**state, "step": Unsavable()})
     assert load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="not a checkpoint"):
@@ -180,9 +171,8 @@ def test_a_mask_of_ones_own_trains_and_chats(tmp_path, monkeypatch):
     from sample import load_chat
 
     for dtype in ("auto", "int8"):
-        assert isinstance(
-            load_chat(tmp_path / "ckpt.pt", "cpu", dtype, max_new_tokens=5).send("Hello!"), str
-        )
+        chat = load_chat(tmp_path / "ckpt.pt", "cpu", dtype, max_new_tokens=5)
+        assert isinstance(chat.send("Hello!"), str)
 
 
 def test_own_chats_train(tmp_path, monkeypatch):
@@ -191,22 +181,18 @@ def test_own_chats_train(tmp_path, monkeypatch):
     monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(chat(n) for n in range(10)), encoding="utf-8")
-    metrics = train(
-        Settings(**{**TINY, "data": str(path)}, max_iters=5, out_dir=str(tmp_path / "out"))
-    )
+    out = str(tmp_path / "out")
+    metrics = train(Settings(**TINY, data=str(path), max_iters=5, out_dir=out))
     assert list(metrics["accuracy"]) == ["chats"] and "accuracy_new_words" not in metrics
 
 
 def test_some_families_alone(tmp_path, capsys):
-    metrics = train(
-        Settings(**TINY, families="follow-up,reasoning", max_iters=2, out_dir=str(tmp_path))
-    )
+    s = dict(TINY, max_iters=2, out_dir=str(tmp_path))
+    metrics = train(Settings(**s, families="follow-up,reasoning"))
     assert set(metrics["accuracy"]) == {"follow-up", "reasoning", "mixed", "the four patterns"}
-    metrics = train(Settings(**TINY, families="follow-up", max_iters=2, out_dir=str(tmp_path)))
-    assert (
-        set(metrics["accuracy"]) == {"follow-up", "the four patterns"}
-        and metrics["accuracy_new_words"] == {}
-    )
+    metrics = train(Settings(**s, families="follow-up"))
+    assert set(metrics["accuracy"]) == {"follow-up", "the four patterns"}
+    assert metrics["accuracy_new_words"] == {}
     report(metrics)
     assert "never trained on" not in capsys.readouterr().out
     done = run("train.py", "--families", "recolection,follow-up")
@@ -229,54 +215,41 @@ def introduction(i):
         ("Where do I live?", f"You live in {city}."),
     ]
     rng.shuffle(questions)
-    return [
-        (f"My name is {name} and I live in {city}.", f"Noted. Your name is {name}."),
-        *questions,
-    ]
+    told = f"My name is {name} and I live in {city}.", f"Noted. Your name is {name}."
+    return [told, *questions]
 
 
 def test_end_to_end(tmp_path):
-    """The commands: train until held-out questions are answered, then chat; the streamed answers are checked."""
+    """The commands: train until held-out questions are answered, then chat.
+
+    The streamed answers are checked.
+    """
     trained = [introduction(i) for i in range(4000)]
     path = tmp_path / "chats.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for turns in trained:
-            messages = [
-                {"role": role, "content": text}
-                for turn in turns
-                for role, text in zip(("user", "assistant"), turn)
-            ]
+            messages = []
+            for query, answer in turns:
+                messages.append({"role": "user", "content": query})
+                messages.append({"role": "assistant", "content": answer})
             file.write(json.dumps({"messages": messages}) + "\n")
-    done = run(
-        "train.py",
-        "--data",
-        str(path),
-        "--out_dir",
-        str(tmp_path),
-        "--max_iters",
-        "400",
-        "--n_layer",
-        "2",
-        "--n_embd",
-        "64",
-        "--n_head",
-        "4",
-        "--block_size",
-        "128",
-        "--eval_interval",
-        "1000",
-        "--device",
-        "cpu",
-    )
+    sizes = "--n_layer 2 --n_embd 64 --n_head 4 --block_size 128".split()
+    flags = "--max_iters 400 --eval_interval 1000 --device cpu".split()
+    files = "--data", str(path), "--out_dir", str(tmp_path)
+    done = run("train.py", *files, *sizes, *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"]["chats"] > 0.8
     new = [turns for turns in map(introduction, range(4000, 4020)) if turns not in trained][:4]
     right = 0
     for turns in new:
-        prompts = [part for query, _ in turns for part in ("--prompt", query)]
+        prompts = []
+        for query, _ in turns:
+            prompts += ["--prompt", query]
         done = run("sample.py", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", *prompts)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert lines[::2] == [f"> {query}" for query, _ in turns]
-        right += sum(line == answer for line, (_, answer) in zip(lines[1::2], turns))
+        for line, (_, answer) in zip(lines[1::2], turns):
+            if line == answer:
+                right += 1
     assert right >= 8  # of 12

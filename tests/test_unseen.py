@@ -34,19 +34,19 @@ def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest(chat):
 
 
 def test_new_names_are_counted_by_family(chat):
-    counts = new_names(chat, 30)
+    counts = new_names(chat, 40)
     assert {"expansion", "mixed", "the four patterns"} <= set(counts)
     needed = 0
-    for dialogue in generate("final_words", 30, mixed=True):
+    for dialogue in generate("final_words", 40, mixed=True):
         tokens, _ = TOKENIZER.encode_dialogue(dialogue["messages"])
         if len(tokens) <= 256:
             said = [m["content"] for m in dialogue["messages"] if m["role"] == "assistant"]
-            needed += sum(any(word in text for word in FINAL_NAMES + FINAL_CITIES) for text in said)
-    assert (
-        sum(asked for family, (asked, _) in counts.items() if family != "the four patterns")
-        >= needed
-        > 30
-    )
+            for text in said:
+                if any(word in text for word in FINAL_NAMES + FINAL_CITIES):
+                    needed += 1
+    by_family = {family: n for family, (n, _) in counts.items()}
+    del by_family["the four patterns"]  # a sum of others
+    assert sum(by_family.values()) >= needed > 30
     assert all(0 <= right <= asked for asked, right in counts.values())
 
 
