@@ -34,22 +34,22 @@ class Settings:
     device: str = setting("auto", DEVICES)
     dtype: str = setting("auto", "to compute in; auto: bfloat16, or float32 where the processor "
                          "has it by emulation alone, as a T4", DTYPES)
-    max_iters: int = setting(2400, "training steps")
-    batch_size: int = setting(16, "a step holds batch_size * block_size tokens, in whole dialogues")
+    max_iters: int = setting(4000, "training steps")
+    batch_size: int = setting(8, "a step holds batch_size * block_size tokens, in whole dialogues")
     grad_accum: int = setting(1, "parts that a batch is cut into to save memory")
     checkpointing: bool = setting(False, "compute each block again in the backward pass, likewise")
     block_size: int = setting(256, "longest context in tokens")
     n_layer: int = setting(2, "blocks")
-    n_head: int = setting(4, "query heads")
+    n_head: int = setting(2, "query heads")
     n_kv_head: int = setting(0, "key and value heads; 0: as many as query heads")
-    n_embd: int = setting(128, "width")
+    n_embd: int = setting(96, "width")
     qkv_bias: bool = setting(False, "biases on queries, keys and values")
     qk_norm: bool = setting(True, "norms on queries and keys")
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the head")
     token_shift: bool = setting(True, "before attention, add shares of the three positions before")
     answers_only: bool = setting(True, "loss on answers alone, not on queries")
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
-    learning_rate: float = setting(None, "peak (default: 0.01, with --init_from 2e-5)")
+    learning_rate: float = setting(None, "peak (default: 0.008, with --init_from 2e-5)")
     warmup_iters: int = setting(50, "steps of linear warm-up")
     decay: float = setting(0.4, "last fraction of the steps, in which the rate falls to 0")
     muon: bool = setting(True, "Muon for the matrices in the blocks of a new model, else AdamW")
@@ -62,7 +62,7 @@ class Settings:
 
     def __post_init__(self):
         if self.learning_rate is None:
-            self.learning_rate = 2e-5 if self.init_from else 1e-2
+            self.learning_rate = 2e-5 if self.init_from else 8e-3
         from_zero = "seed", "n_kv_head", "warmup_iters", "anneal"
         for f in fields(self):
             value = getattr(self, f.name)

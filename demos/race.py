@@ -145,9 +145,8 @@ def run_one(race, name, seed, tell):
     """Train one runner -> its record. tell(step, {kind: share right}) is called after each step."""
     mask, twice = race.runners()[name]
     s = Settings(
-        mask=mask, seed=seed, n_layer=race.layers, n_embd=96, n_head=2, max_iters=race.steps,
-        batch_size=8, learning_rate=8e-3, decay=0.0, eval_interval=race.steps, device="cpu",
-        dtype="float32",
+        mask=mask, seed=seed, n_layer=race.layers, max_iters=race.steps, decay=0.0,
+        eval_interval=race.steps, device="cpu", dtype="float32",
     )
     games = Games(race.task, 25 * race.steps, f"train {seed}", twice)
     held_out = Games(race.task, 250, f"held out {seed}", twice)
