@@ -1,0 +1,42 @@
+"""The README: its chat is what the small model of the repository says, its counts are so."""
+import re
+
+import pytest
+from conftest import ROOT
+
+import sample
+from sample import SMALL_MODEL, load_chat
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LESSONS = "mask.py", "model.py", "train.py", "sample.py"
+
+
+def test_the_small_model_answers_as_the_readme_says():
+    block = re.search(r"```\n(> .*?)```", README, re.S).group(1)
+    turns = re.findall(r"> (.*)\n((?:[^>].*\n)+)", block)
+    assert len(turns) > 4
+    chat = load_chat(SMALL_MODEL, device="cpu")
+    for query, answer in turns:
+        assert chat.send(query) == answer.rstrip("\n")
+
+
+def test_without_a_model_of_ones_own_the_small_one_chats(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--prompt", "My name is Anna.", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["sample.py", *flags])
+    sample.main()
+    told, _, answer = capsys.readouterr().out.splitlines()
+    assert "small model" in told and "python train.py" in told
+    assert answer == "Noted. Your name is Anna."
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_the_lines_above_the_line_are_counted_right(name):
+    above, _ = (ROOT / name).read_text(encoding="utf-8").split("# ==== below this line")
+    told = re.search(rf"\| `{name}` \| (\d+) \|", README).group(1)
+    assert int(told) == above.count("\n")
+
+
+def test_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 100
