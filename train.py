@@ -380,7 +380,7 @@ def tell(run, loss):
     if RANK == 0 and run.out and not run.told and time.time() - run.since > FIRST_SAVE:
         run.told = True
         save(run)
-        run.bar.write(f"chat with it so far, in another terminal: {chat_command(run.s)}")
+        run.bar.tell(f"chat with it so far, in another terminal: {chat_command(run.s)}")
     if run.step % 20 > 0 and run.step < run.s.max_iters:
         return
     if WORLD > 1:

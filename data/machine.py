@@ -85,6 +85,13 @@ class Bar(tqdm):
         except (OSError, AttributeError):  # a broken standard error, or none at all
             self.disable = True
 
+    def tell(self, line):
+        """Print a line above the bar."""
+        try:
+            self.write(line)
+        except (OSError, AttributeError):
+            self.disable = True
+
     def close(self):
         try:
             super().close()

@@ -960,3 +960,18 @@ def test_the_chats_help_shows_the_real_defaults(capsys, monkeypatch):
         if value not in ("", None, []) and name != "block_size":
             assert f"(default: {value:g}" in told if type(value) is float else (
                 f"(default: {value}" in told), name
+
+
+def test_nobody_reads_that_there_is_a_first_checkpoint(tmp_path, monkeypatch):
+    """It is told after half a minute of training; the run goes on where that cannot be printed."""
+
+    class ClosedLater(io.StringIO):
+        def write(self, text):
+            if "chat with it so far" in text:
+                raise BrokenPipeError(32, "Broken pipe")
+            return super().write(text)
+
+    monkeypatch.setattr(train_module, "FIRST_SAVE", 0.0)
+    monkeypatch.setattr(sys, "stdout", ClosedLater())
+    metrics = train(Settings(**{**TINY, "max_iters": 3}, out_dir=str(tmp_path)))
+    assert metrics["settings"]["max_iters"] == 3 and (tmp_path / "ckpt.pt").exists()
