@@ -167,17 +167,17 @@ def draw(figures, path):
     """Bars by family and kind, with intervals over seeds."""
     runs = by_row(figures)
     groups = [group for group in shares(figures["runs"][0]) if not group.startswith("new words")]
-    figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 6.5), layout="constrained")
     width = 0.8 / len(runs)
     for i, (row, records) in enumerate(runs.items()):
         found = [[shares(record).get(group, np.nan) for record in records] for group in groups]
         places = np.arange(len(groups)) + width * (i - (len(runs) - 1) / 2)
-        axis.bar(places, [np.mean(x) for x in found], width, color=color(row), label=row,
-                 yerr=[interval(x) for x in found], error_kw={"lw": 0.8})
-    labels = [group.replace(": ", ":\n").replace(" ", "\n", 1) for group in groups]
-    axis.set_xticks(range(len(groups)), labels, fontsize=7)
-    axis.set(ylabel="share of answers right", ylim=(0, 1.02))
-    axis.grid(alpha=0.2, axis="y")
+        axis.barh(places, [np.mean(x) for x in found], width, color=color(row), label=row,
+                  xerr=[interval(x) for x in found], error_kw={"lw": 0.8})
+    axis.set_yticks(range(len(groups)), groups, fontsize=9)
+    axis.invert_yaxis()
+    axis.set(xlabel="share of answers right", xlim=(0, 1.02))
+    axis.grid(alpha=0.2, axis="x")
     axis.legend()
     figure.savefig(path, dpi=120, format="png")
 

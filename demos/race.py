@@ -115,7 +115,7 @@ class Race:
     twice: bool = setting(False, "one more runs: causal with each query given twice")
     task: str = setting("links", "the game", tuple(TASKS))
     layers: int = setting(2, "blocks of each model")
-    steps: int = setting(425, "training steps")
+    steps: int = setting(400, "training steps")
     every: int = setting(25, "steps between two looks at held-out games")
     seed: int = setting(0, "of the games and of the weights")
     seeds: int = setting(1, "races, one after the other, with the seeds that follow")
