@@ -9,7 +9,6 @@ makes the small model of the repository, with which sample.py chats before one i
 import json
 import os
 import pathlib
-import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from dataclasses import asdict, fields
 
 import torch
 
+from data import machine
 from model import GPT, GPTConfig
 
 try:
@@ -266,4 +266,8 @@ def shrink(path, out):
 
 
 if __name__ == "__main__":
-    shrink(*sys.argv[1:])
+    with machine.errors_in_one_line("close other programs"):
+        parser = machine.Parser("Make a small file to chat with from a checkpoint.")
+        parser.add_argument("path", help="a checkpoint of train.py")
+        parser.add_argument("out", help="the file to write")
+        shrink(**vars(parser.parse_args()))

@@ -2,9 +2,11 @@
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 
 import sample
+from data.checkpoint import load_checkpoint, shrink
 from sample import SMALL_MODEL, load_chat
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,3 +42,13 @@ def test_the_lines_above_the_line_are_counted_right(name):
 def test_readme_is_short():
     lines = README.splitlines()
     assert len(lines) <= 200 and max(map(len, lines)) <= 100
+
+
+def test_the_small_model_is_made_by_one_command(tmp_path):
+    """From a checkpoint, which may be the small one itself: the same numbers, no optimizer."""
+    shrink(SMALL_MODEL, tmp_path / "again.pt")
+    old, new = load_checkpoint(SMALL_MODEL), load_checkpoint(tmp_path / "again.pt")
+    assert new["optimizer"] == {} and old["config"] == new["config"]
+    for name, x in new["model"].items():
+        assert x.dtype == torch.bfloat16 and torch.equal(x, old["model"][name])
+    assert (tmp_path / "again.pt").stat().st_size < 1_100_000
