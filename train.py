@@ -395,7 +395,7 @@ def tell(run, loss):
 
 def chat_command(s):
     """The command that chats with what a run has saved."""
-    path = shlex.quote(f"{s.out_dir}/ckpt.pt")
+    path = shlex.quote(str(pathlib.Path(s.out_dir, "ckpt.pt")))
     return "python sample.py" + ("" if s.out_dir == "out" else f" --ckpt {path}")
 
 
