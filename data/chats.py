@@ -12,7 +12,8 @@ the model, as a query is.
 import collections
 import json
 
-ROLES = "system", "user", "assistant"
+from data.tokenizer import ROLES
+
 # What a tool returns is given to the model, as what a user says is.
 ALIASES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",

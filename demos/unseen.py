@@ -9,7 +9,6 @@ What a model does with what nobody trained it on, and no setting was chosen on.
 
     python demos/unseen.py [--ckpt out/ckpt.pt] [--show]
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data import machine
 from data.dialogues import PATTERNS, generate
 from data.talk import UNKNOWN
 from data.words import FINAL_CITIES, FINAL_NAMES
@@ -65,19 +65,22 @@ def answers(chat, questions):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A model on names and questions new to it.")
+    parser = machine.Parser("A model on names and questions new to it.")
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint of train.py")
     parser.add_argument("--show", action="store_true", help="print each question and its answer")
     a = parser.parse_args()
-    try:
+    with machine.errors_in_one_line("close other programs"):
         chat = load_chat(a.ckpt, device="cpu", dtype="float32", max_new_tokens=LONGEST)
-    except ValueError as error:
-        sys.exit(f"unseen.py: {error}")
+        measure(chat, a.show)
+
+
+def measure(chat, show):
+    """Print the figures of a model, and each answer if it shall be shown."""
     print("Answers that need a name or a city that nothing was chosen on, right")
     for family, (asked, right) in sorted(new_names(chat, 1000).items()):
         print(f"  {family:18} {right / asked:6.1%} of {asked}")
     found = answers(chat, QUESTIONS.read_text(encoding="utf-8").splitlines())
-    if a.show:
+    if show:
         for question, answer, ended in found:
             print(f"> {question}\n{answer}" + ("" if ended else " ..."))
     ends = [ended for _, _, ended in found].count(True)

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import shutil
 import sys
 
 # The models of the tests are so small that a second thread waits more than it works, in the
@@ -10,6 +11,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what a student has: no answers to the exercises yet."""
+    copy = tmp_path_factory.mktemp("classroom") / "nanoISM"
+    left_out = shutil.ignore_patterns(".*", "out", "cache", "__pycache__", "answers.py")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    return copy
 
 
 def pytest_configure(config):

@@ -1,6 +1,5 @@
 """The exercises in a copy of the tree: right answers are right, slightly wrong ones wrong."""
 import os
-import shutil
 import subprocess
 import sys
 
@@ -129,15 +128,6 @@ def run(tree, *arguments):
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True,
                           encoding="utf-8", timeout=300)
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of what a student has: no answers yet."""
-    copy = tmp_path_factory.mktemp("classroom") / "tree"
-    left_out = shutil.ignore_patterns(".*", "out", "cache", "__pycache__", "answers.py")
-    shutil.copytree(ROOT, copy, ignore=left_out)
-    return copy
 
 
 def verdicts(done):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -23,15 +22,6 @@ MESSAGES = [
     {"role": "user", "content": "Who am I?"},
     {"role": "assistant", "content": "You are Anna."},
 ]
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of what a student has."""
-    copy = tmp_path_factory.mktemp("class") / "nanoISM"
-    left_out = shutil.ignore_patterns(".*", "out", "cache", "__pycache__", "answers.py")
-    shutil.copytree(ROOT, copy, ignore=left_out)
-    return copy
 
 
 @pytest.fixture(scope="module")
