@@ -318,9 +318,30 @@ def go_on(chat, messages):
             given.append(message)
             continue
         query = chat.tokenizer.encode_given(given)
-        chat.turns.append((query, chat.tokenizer.encode_answer(message["content"])))
+        chat.turns.append((query, answer_tokens(chat.tokenizer, message)))
         given = []
-    chat.messages += messages
+    chat.messages += [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def saved(chat):
+    """The messages as /save writes them. An answer has its tokens if its text would get others."""
+    messages = [dict(message) for message in chat.messages]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    # The oldest turns may be forgotten, so it is counted from the last.
+    for message, (_, tokens) in zip(reversed(answers), reversed(chat.turns)):
+        if tokens != chat.tokenizer.encode_answer(message["content"]):
+            message["tokens"] = tokens[:-1]  # without <|end|>
+    return messages
+
+
+def answer_tokens(tokenizer, message):
+    """The tokens of an answer: those that /save wrote, if they spell its text, or its text's."""
+    tokens, known = message.get("tokens"), range(tokenizer.vocab_size)
+    if isinstance(tokens, list) and all(type(token) is int and token in known for token in tokens):
+        sayable = not {*tokens} & {*tokenizer.unsayable, tokenizer.end}
+        if sayable and tokenizer.decode(tokens) == message["content"]:
+            return [*tokens, tokenizer.end]
+    return tokenizer.encode_answer(message["content"])
 
 
 def read_history(path):
@@ -370,7 +391,7 @@ def command(chat, line):
         show_mask(chat)
     elif name == "/save" and argument:
         try:
-            write_json(pathlib.Path(argument).expanduser(), {"messages": chat.messages})
+            write_json(pathlib.Path(argument).expanduser(), {"messages": saved(chat)})
         except (OSError, ValueError) as error:
             print(f"[not saved: {one_line(error)}]")
     else:

@@ -220,7 +220,7 @@ def begin(s, model=None, splits=None, watch=None):
     if s.init_from:
         tokenizer = hf.load_tokenizer(s.init_from)
         config = hf.read_config(s.init_from, s.block_size)
-        if RANK == 0:  # so that out_dir, with its tokenizer, can be moved to another machine
+        if RANK == 0 and out is not None:  # so that out_dir can be moved to another machine
             hf.copy_small_files(s.init_from, out)
     else:
         tokenizer = Tokenizer(s.tokenizer)

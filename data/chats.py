@@ -191,4 +191,8 @@ def check_history(messages):
             raise ValueError(f"the history{error}; {expected}") from None
     if read[-1]["role"] != "assistant":
         raise ValueError(expected)
-    return [{"role": m["role"], "content": m["content"]} for m in read]
+    for message, m in zip(read, messages):
+        message.pop("given", None)
+        if message["role"] == "assistant" and "tokens" in m:  # see answer_tokens of sample.py
+            message["tokens"] = m["tokens"]
+    return read

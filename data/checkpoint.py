@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import tempfile
+import threading
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -64,30 +65,39 @@ def make_folder(path):
     return folder
 
 
-HELD = {}  # folder -> the open file that keeps it locked
+HELD = {}  # folder -> (the open file that keeps it locked, the thread that runs)
 
 
 def hold(folder):
     """Lock a folder for this process, and remove what a killed run has left half written there.
 
-    ValueError if another process holds it. The lock ends with the process, however that ends; where
-    the system has none, on Windows, two runs in one folder are not told.
+    ValueError if another run holds it. The lock ends with the process, however that ends; where the
+    system has none, on Windows, runs of two processes in one folder are not told.
     """
-    HELD[folder] = open(folder / "lock", "w")
+    another = f"another run is writing to {folder}; name another --out_dir"
+    file, thread = HELD.get(folder.resolve(), (None, None))
+    # What this same thread has locked is left of a run that failed.
+    if thread not in (None, threading.current_thread()) and thread.is_alive():
+        raise ValueError(another)
+    if file is not None:
+        file.close()
+    file = open(folder / "lock", "w")
     try:
         if fcntl is not None:
-            fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another run is writing to {folder}; name another --out_dir") from None
+        raise ValueError(another) from None
     except OSError:  # a disk without locks
         pass
+    HELD[folder.resolve()] = file, threading.current_thread()
     for partial in folder.glob("*.partial"):
         partial.unlink()
 
 
 def let_go(folder):
     """Unlock a folder that `hold` has locked."""
-    HELD.pop(folder).close()
+    file, _ = HELD.pop(folder.resolve())
+    file.close()
     (folder / "lock").unlink(missing_ok=True)
 
 

@@ -195,10 +195,19 @@ def on_interrupt(action):
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = "cpu, cuda or mps, on which nobody has run this; auto is cuda, or else cpu"
 
-# Set by torchrun: the number of this process, the same on its machine, and how many there are.
-RANK = int(os.environ.get("RANK") or 0)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+
+def from_torchrun(name, without):
+    """A number that torchrun has set in the environment; else what holds without torchrun."""
+    value = os.environ.get(name) or str(without)
+    if not value.isdecimal():
+        sys.exit(f"{name}={value}: torchrun sets a number here; unset it to run without torchrun")
+    return int(value)
+
+
+# The number of this process, the same on its machine, and how many processes there are.
+RANK = from_torchrun("RANK", 0)
+LOCAL_RANK = from_torchrun("LOCAL_RANK", 0)
+WORLD = from_torchrun("WORLD_SIZE", 1)
 
 
 def pick_device(name):

@@ -164,8 +164,11 @@ def table(rows=4, length=1024):
             print(f"{name:14} {how:6}" + "".join(f"{n / 1e9:13.2f}" for n in numbers))
 
 
-def finetune(s):
-    """Fine-tune by the settings and write a checkpoint folder to s.out_dir -> train's metrics."""
+def finetune(s, splits=None, watch=None):
+    """Fine-tune by the settings and write a checkpoint folder to s.out_dir -> train's metrics.
+
+    splits, watch: as of `train`; with splits no file is written.
+    """
     if not s.lora:
         model = from_pretrained(s.init_from, s.block_size)
     else:
@@ -175,8 +178,8 @@ def finetune(s):
         model = from_pretrained(s.init_from, s.block_size, dtype)
         torch.manual_seed(s.seed)
         add_lora(model, s.rank, s.alpha, s.layers.split(","))
-    metrics = train(s, model)
-    if RANK == 0:
+    metrics = train(s, model, splits, watch)
+    if RANK == 0 and splits is None:
         save_pretrained(merge_lora(model), s.init_from, s.out_dir, s.mask)
     return metrics
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shlex
 import signal
 import struct
@@ -132,9 +133,12 @@ ODD = ["\xa0", "\u202f", "\u200d", "\u3000", "\xad", "\U0001fae9", "\u2028", "\x
        "\x00", "é", " ", "a", "<|end|>", "\U000e0067"]
 
 
-def answers_with(chat, text, query):
-    """The chat's answer to a query, when its model is made to write this text."""
-    forced, feed = iter(TOKENIZER.encode_answer(text)), chat.feed
+SAYABLE = sorted({*range(TOKENIZER.vocab_size)} - {*TOKENIZER.unsayable, TOKENIZER.end})
+
+
+def answers_with(chat, tokens, query):
+    """The chat's answer to a query, when its model is made to write these tokens."""
+    forced, feed = iter(tokens), chat.feed
 
     def forcing(*tokens):
         logits = feed(*tokens)
@@ -159,12 +163,31 @@ def test_a_conversation_saved_and_loaded_has_the_characters_and_tokens_it_had(
         for _ in range(2):
             said = "".join(rng.choices(ODD, k=rng.randint(1, 8)))
             asked = "".join(rng.choices([*ODD, "\ud83d", "\udcff"], k=rng.randint(0, 8)))
-            assert answers_with(chat, said, asked) == said == chat.messages[-1]["content"]
+            written = TOKENIZER.encode(said)
+            assert answers_with(chat, written, asked) == said == chat.messages[-1]["content"]
             assert chat.messages[-2]["content"] == asked
+            # Any tokens: not those of their own text, and no whole characters.
+            written = rng.choices(SAYABLE, k=rng.randint(0, 20))
+            said = answers_with(chat, written, asked)
+            assert said == TOKENIZER.decode(written) == chat.messages[-1]["content"]
         assert not command(chat, "/save ~/x.json")
         again = make_chat(block_size=512)
         go_on(again, read_history(tmp_path / "x.json"))
         assert again.layout() == chat.layout()
+        assert again.messages == chat.messages
+
+
+def test_tokens_in_a_history_that_are_not_those_of_its_text_are_left_aside():
+    chat = make_chat()
+    right = TOKENIZER.encode_answer("y")
+    a_and_b = [*TOKENIZER.encode("a"), *TOKENIZER.encode("b")]
+    for tokens in (None, {}, "y", ["y"], [1.0], [True], [-1], [1 << 70], TOKENIZER.encode("z"),
+                   right, [TOKENIZER.headers["user"]], [right], [None]):
+        go_on(chat, [USER, {**ANSWER, "tokens": tokens}])
+        assert chat.turns[-1][1] == right
+    go_on(chat, [USER, {"role": "assistant", "content": "ab", "tokens": a_and_b}])
+    assert chat.turns[-1][1] == [*a_and_b, TOKENIZER.end] != TOKENIZER.encode_answer("ab")
+    assert chat.messages[-1] == {"role": "assistant", "content": "ab"}
 
 
 def test_a_history_that_is_none_says_what_is_wrong_with_which_message():
@@ -378,6 +401,39 @@ def test_a_second_run_in_a_folder_is_told(tmp_path):
     hold(tmp_path)
     let_go(tmp_path)
     assert not (tmp_path / "lock").exists()
+
+
+def test_a_second_run_of_one_process_in_a_folder_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+
+    def start_another(run, loss):
+        # The same folder by another name; a run in a thread, as of a notebook's other cell.
+        s = Settings(**TINY, out_dir=str(tmp_path / "x" / ".." / "out"))
+        thread = threading.Thread(target=lambda: told.append(fails(train, s)))
+        thread.start()
+        thread.join()
+
+    def fail(run, loss):
+        raise RuntimeError("a cell that fails")
+
+    train(Settings(**TINY, out_dir="out"), watch=start_another)
+    assert len(told) == 2 and all("another run is writing to" in line for line in told)
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 2
+    with pytest.raises(RuntimeError, match="a cell"):
+        train(Settings(**TINY, out_dir="out"), watch=fail)
+    train(Settings(**TINY, out_dir="out"))  # what failed holds nothing
+
+
+def test_what_is_no_number_from_torchrun_is_one_line(monkeypatch):
+    for value in ("x", "-1", "1.5", " "):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        how = "torchrun sets a number here; unset it to run without torchrun"
+        with pytest.raises(SystemExit, match=re.escape(f"WORLD_SIZE={value}: {how}")):
+            machine.from_torchrun("WORLD_SIZE", 1)
+    for value, number in (("", 1), ("12", 12)):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        assert machine.from_torchrun("WORLD_SIZE", 1) == number
 
 
 @signals
