@@ -1,6 +1,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import sys
 
 # The models of the tests are so small that a second thread waits more than it works, in the
@@ -20,6 +21,37 @@ def tree(tmp_path_factory):
     left_out = shutil.ignore_patterns(".*", "out", "cache", "__pycache__", "answers.py")
     shutil.copytree(ROOT, copy, ignore=left_out)
     return copy
+
+
+@pytest.fixture
+def handlers():
+    """Signals act as in a fresh program, and as before when the test is over."""
+    names = "SIGINT", "SIGTERM", "SIGHUP"  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def last_words(monkeypatch, handlers):
+    """Calls a program's main with arguments, in the project's folder -> its error, of one line."""
+    def run(module, *arguments):
+        name = f"{module.__name__.rpartition('.')[2]}.py"
+        with monkeypatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setattr(sys, "argv", [name, *arguments])
+            with pytest.raises(SystemExit) as end:
+                module.main()
+        said = end.value.code.strip()
+        assert said.startswith(f"{name}: ") and "\n" not in said
+        return said
+
+    return run
 
 
 def pytest_configure(config):

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_module
+import sample as sample_module
+import train as train_module
 from data.machine import printable
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
@@ -294,24 +296,29 @@ def run(*arguments, timeout=300, **options):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("sample.py", "--ckpt", "no-such.pt"), "python train.py"),
-        (("sample.py", "--ckpt", "README.md"), "not a checkpoint"),
-        (("sample.py", "--temperature", "-1"), "--temperature must be from 0 on"),
-        (("sample.py", "--nonsense"), "unrecognized"),
-        (("train.py", "--mask", "foo"), "'causal', 'prefix', 'ism'"),
-        (("train.py", "--max_iters", "many"), "int"),
-        (("train.py", "--device", "tpu"), "there is"),
-        (("train.py", "--n_embd", "130"), "n_embd"),
-        (("train.py", "--max_iter", "3"), "unrecognized"),
-        (("train.py", "--max_iters", "-5"), "at least 1"),
-        (("train.py", "--learning_rate", "nan"), "from 0 on"),
-        (("train.py", "--resume"), "no checkpoint"),
-        (("train.py", "--data", "no-such.jsonl"), "no-such.jsonl"),
-        (("train.py", "--tokenizer", "foo"), "nanoism"),
+        ((sample_module, "--ckpt", "no-such.pt"), "python train.py"),
+        ((sample_module, "--ckpt", "README.md"), "not a checkpoint"),
+        ((sample_module, "--temperature", "-1"), "--temperature must be from 0 on"),
+        ((sample_module, "--nonsense"), "unrecognized"),
+        ((train_module, "--mask", "foo"), "'causal', 'prefix', 'ism'"),
+        ((train_module, "--max_iters", "many"), "int"),
+        ((train_module, "--device", "tpu"), "there is"),
+        ((train_module, "--n_embd", "130"), "n_embd"),
+        ((train_module, "--max_iter", "3"), "unrecognized"),
+        ((train_module, "--max_iters", "-5"), "at least 1"),
+        ((train_module, "--learning_rate", "nan"), "from 0 on"),
+        ((train_module, "--resume"), "no checkpoint"),
+        ((train_module, "--data", "no-such.jsonl"), "no-such.jsonl"),
+        ((train_module, "--tokenizer", "foo"), "nanoism"),
     ],
 )
-def test_user_errors_are_one_line(arguments, words, tmp_path):
-    out = ("--out_dir", str(tmp_path)) if arguments[0] == "train.py" else ()
-    done = run(*arguments, *out)
-    assert done.returncode != 0 and words in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_user_errors_are_one_line(arguments, words, tmp_path, last_words):
+    out = ("--out_dir", str(tmp_path)) if arguments[0] is train_module else ()
+    assert words in last_words(*arguments, *out)
+
+
+def test_an_error_is_one_line_of_the_program_too():
+    for program in ("sample.py", "train.py"):
+        done = run(program, "--nonsense")
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.startswith(f"{program}: unrecognized") and done.stderr.count("\n") == 1

@@ -62,19 +62,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "CACHE", tmp_path / "cache")
 
 
-@pytest.fixture
-def handlers():
-    """Signals act as in a fresh program, and as before when the test is over."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a tiny run; its path has a space."""
@@ -102,16 +89,6 @@ def fails(call, *arguments, **options):
     with pytest.raises(ValueError) as error:
         call(*arguments, **options)
     said = str(error.value)
-    assert said and "\n" not in said
-    return said
-
-
-def command_fails(monkeypatch, module, *arguments):
-    """What a command says on its way out, which is one line."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    said = end.value.code.strip()
     assert said and "\n" not in said
     return said
 
@@ -458,7 +435,7 @@ def test_a_hangup_leaves_a_checkpoint(tmp_path, handlers):
 @pytest.mark.parametrize("module", [train_module, finetune_module])
 @pytest.mark.parametrize("number", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_a_signal_in_preparation_leaves_nothing_half_made(
-    tmp_path, monkeypatch, handlers, folder, chats, module, number
+    tmp_path, monkeypatch, last_words, folder, chats, module, number
 ):
     def interrupted(folder, name, rows):
         (folder / "half").touch()
@@ -466,7 +443,7 @@ def test_a_signal_in_preparation_leaves_nothing_half_made(
 
     monkeypatch.setattr(loader, "write_split", interrupted)
     flags = "--data", chats, "--init_from", str(folder), "--out_dir", str(tmp_path / "out")
-    assert "stopped" in command_fails(monkeypatch, module, *flags, "--device=cpu")
+    assert "stopped" in last_words(module, *flags, "--device=cpu")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -908,22 +885,22 @@ def test_empty_variables_of_torchrun_are_none(monkeypatch):
         (("--history", str(ROOT / "README.md")), "README.md is not JSON"),
     ],
 )
-def test_a_wrong_flag_of_the_chat_is_one_line(trained, monkeypatch, flags, words):
+def test_a_wrong_flag_of_the_chat_is_one_line(trained, last_words, flags, words):
     ckpt = str(trained / "ckpt.pt")
     flags = "--ckpt", ckpt, "--device", "cpu", *flags
-    assert words in command_fails(monkeypatch, sample_module, *flags)
+    assert words in last_words(sample_module, *flags)
 
 
 @signals
 @pytest.mark.parametrize("module", [train_module, finetune_module])
 def test_a_folder_that_would_be_written_over_is_one_line(
-    tmp_path, monkeypatch, handlers, folder, chats, module
+    tmp_path, last_words, folder, chats, module
 ):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "link").symlink_to(folder)
     for out in (folder, folder / ".." / "folder", tmp_path / "link"):
         flags = "--init_from", str(folder), "--out_dir", str(out), "--data", chats
-        said = command_fails(monkeypatch, module, *flags, "--device=cpu")
+        said = last_words(module, *flags, "--device=cpu")
         assert f"--out_dir {out} is the folder of --init_from; name another" in said
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -941,14 +918,14 @@ def test_data_from_a_pipe_is_one_line(chats):
 
 
 def test_out_of_memory_in_a_fine_tuning_is_one_line(
-    tmp_path, monkeypatch, handlers, folder, chats
+    tmp_path, monkeypatch, last_words, folder, chats
 ):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee")
 
     monkeypatch.setattr(GPT, "forward", full)
     flags = "--init_from", str(folder), "--out_dir", str(tmp_path / "out"), "--data", chats
-    said = command_fails(monkeypatch, finetune_module, *flags, "--device=cpu", "--block_size=64")
+    said = last_words(finetune_module, *flags, "--device=cpu", "--block_size=64")
     named = "--batch_size", "--block_size", "--grad_accum", "--checkpointing"
     assert said.startswith("finetune.py: out of memory;") and all(flag in said for flag in named)
 
