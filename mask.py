@@ -160,7 +160,11 @@ if __name__ == "__main__":
     ]
     labels = " ".join(turns).split()
     segments = torch.tensor([[i + 1 for i, turn in enumerate(turns) for _ in turn.split()]])
-    drawn = [draw(mask(segments)[0], labels) for mask in MASKS.values()]
+    drawn = []
+    for mask in MASKS.values():
+        f = mask(segments)
+        check(f, segments.shape)
+        drawn.append(draw(f[0], labels))
     margin = max(map(len, labels)) + 1
     print(" " * margin + "   ".join(f"{name:{len(labels)}}" for name in MASKS))
     for first, *others in zip(*drawn):

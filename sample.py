@@ -249,23 +249,31 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     block_size: the context of a folder in tokens; 0 is its own, but at most 4,096, since the cache
     is allocated at once. dtype: of the weights, one of DTYPES. ValueError if it cannot be loaded.
     """
-    device = machine.pick_device(device)
+    device, path = machine.pick_device(device), pathlib.Path(path)
+    if (path / "ckpt.pt").exists() and not (path / "config.json").exists():
+        path /= "ckpt.pt"  # the folder of a run of train.py
     if dtype in PACKED and dtype != "bfloat16" and device.type != "cpu":
         raise ValueError(f"--dtype {dtype} is for the CPU; {device.type} has float32 and bfloat16")
-    if pathlib.Path(path).is_dir():
+    if path.is_dir():
         tokenizer = hf.load_tokenizer(path)
         block_size = block_size or min(4096, hf.read_config(path).block_size)
         read_as = torch.float32 if dtype == "float32" else torch.bfloat16
         model, trained_under = hf.from_pretrained(path, block_size, read_as), hf.read_mask(path)
     else:
-        model, tokenizer, trained_under = load_trained(pathlib.Path(path))
+        model, tokenizer, trained_under = load_trained(path)
+    if mask and mask != trained_under:
+        tell = settings.get("notify", lambda line: None)
+        tell(f"[trained under {trained_under}: to read well under {mask} it has to learn it first]")
     mask = mask or trained_under
     if mask not in MASKS:
         raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
     # The model was trained with the system prompt that its template has for whoever gives none.
     if settings.get("system") is None:
         settings["system"] = tokenizer.default_system
-    return Chat(stored(model, device, dtype), tokenizer, MASKS[mask], **settings)
+    chat = Chat(stored(model, device, dtype), tokenizer, MASKS[mask], **settings)
+    if device.type == "cpu" and chat.read_one is None:
+        chat.notify("[a layer of model.py was changed: answers are written by it alone, slower]")
+    return chat
 
 
 DTYPES = "auto", "float32", *PACKED
@@ -375,7 +383,10 @@ def show_stats(chat):
 def show_mask(chat):
     tokens, _ = chat.layout()
     labels = [ascii(chat.tokenizer.decode([token]))[1:-1][:16] for token in tokens]
-    print("\n".join(draw(chat.f[0], labels)))
+    columns = 60
+    print("\n".join(draw(chat.f[0], labels, columns)))
+    if len(labels) > columns:
+        print(f"A column is {len(labels) / columns:.1f} tokens.")
 
 
 def command(chat, line):
@@ -389,13 +400,17 @@ def command(chat, line):
         show_stats(chat)
     elif name == "/mask":
         show_mask(chat)
-    elif name == "/save" and argument:
+    elif name == "/save":
         try:
+            if not argument:
+                raise ValueError("/save FILE needs the name of a file")
             write_json(pathlib.Path(argument).expanduser(), {"messages": saved(chat)})
         except (OSError, ValueError) as error:
             print(f"[not saved: {one_line(error)}]")
-    else:
+    elif name == "/help":
         print(HELP)
+    else:
+        print(f"[no command {one_line(name)}; /help lists them]")
     return False
 
 

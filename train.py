@@ -136,10 +136,10 @@ def predicted(tokens, segments, f, answers_only=True):
 
 @torch.no_grad()
 def evaluate(run, split):
-    """Teacher-forced: the mean loss, and for each answer a row (dialogue, segment, right), (N, 3).
+    """The mean loss, and for each answer a row (dialogue, segment, right), (N, 3).
 
-    Greedy decoding writes an answer exactly iff each argmax in it is right. So one forward pass
-    scores the answers of a batch, whatever their length.
+    Each token is predicted from the right ones before it. Greedy decoding writes an answer exactly
+    if each of them is the likeliest. So one forward pass scores the answers of a batch.
     """
     s, mask, model = run.s, MASKS[run.s.mask], run.model.eval()
     loss, guesses = 0.0, [np.zeros((0, 3), dtype=np.int64)]
@@ -220,8 +220,7 @@ def begin(s, model=None, splits=None, watch=None):
     if s.init_from:
         tokenizer = hf.load_tokenizer(s.init_from)
         config = hf.read_config(s.init_from, s.block_size)
-        if RANK == 0 and out is not None:  # so that out_dir can be moved to another machine
-            hf.copy_small_files(s.init_from, out)
+        check_shape(s)
     else:
         tokenizer = Tokenizer(s.tokenizer)
         config = model_config(s, tokenizer.vocab_size)
@@ -230,6 +229,8 @@ def begin(s, model=None, splits=None, watch=None):
         state = checkpoint.load_state(out / "ckpt.pt", config, tokenizer.identity, s)
     splits = splits or prepare(s, tokenizer)
     check_mask(s.mask, splits["train"])
+    if s.init_from and RANK == 0 and out is not None:
+        hf.copy_small_files(s.init_from, out)  # so that out_dir can be moved to another machine
     torch.manual_seed(s.seed)
     if model is None and s.init_from:
         model = hf.from_pretrained(s.init_from, s.block_size)
@@ -261,6 +262,17 @@ def model_config(s, vocab_size):
     )
 
 
+SHAPE = ("tokenizer", "n_layer", "n_head", "n_kv_head", "n_embd", "qkv_bias", "qk_norm",
+         "tie_embeddings", "token_shift")
+
+
+def check_shape(s):
+    """ValueError if the settings ask for another model than that of --init_from."""
+    for f in fields(s):
+        if f.name in SHAPE and getattr(s, f.name) != f.default:
+            raise ValueError(f"--{f.name} is that of the folder of --init_from; leave it out")
+
+
 def prepare(s, tokenizer):
     """The data of the settings, prepared if need be: by the first process of a machine, for all."""
     if machine.LOCAL_RANK > 0:
@@ -276,10 +288,13 @@ def prepare(s, tokenizer):
 
 def check_mask(name, split):
     """ValueError for a mask that returns no f, or under which nothing can be trained."""
-    rows = split.rows(MASKS[name])
-    _, segments = split.collate(rows[:64])
-    f = MASKS[name](segments)
-    check(f, segments.shape)
+    try:
+        rows = split.rows(MASKS[name])
+        _, segments = split.collate(rows[:64])
+        f = MASKS[name](segments)
+        check(f, segments.shape)
+    except ValueError as error:
+        raise ValueError(f"the mask '{name}': {error}") from None
     if not loss_positions(segments, f).any():
         raise ValueError(f"under the mask '{name}' nothing can be trained: before each token of an "
                          "answer stands one that has seen it; let answers see no future (mask.py)")
@@ -305,7 +320,7 @@ def batches(run):
 
 
 def parts(run, rows, mask):
-    """A batch in parts (tokens, segments, targets in the whole batch): mostly it is one.
+    """A batch in parts (tokens, segments, number of targets in all of them): mostly it is one.
 
     --grad_accum cuts it, so that memory is enough. Of several processes each gets its own parts.
     """
@@ -359,11 +374,15 @@ def announce(run):
     """The line at the start; the progress bar."""
     rows = run.splits["train"].rows(MASKS[run.s.mask])
     length = (rows[:, 2] - rows[:, 1]).mean()
+    n = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    trained = f", {n / 1e6:.2f}M of them trained" if n < run.model.n_params() else ""
     told = [
-        f"{run.model.n_params() / 1e6:.2f}M parameters", f"{run.s.mask} mask",
+        f"{run.model.n_params() / 1e6:.2f}M parameters{trained}", f"{run.s.mask} mask",
         f"{run.device.type} in {str(run.dtype)[6:]}",
         f"{len(rows):,} rows of {length:.0f} tokens",
     ]
+    if len(rows) > len(run.splits["train"].families):
+        told.append("a row an answer, since f changes as a dialogue grows")
     if WORLD > 1:
         told.append(f"{WORLD} processes")
     if RANK == 0:

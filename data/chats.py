@@ -17,8 +17,8 @@ from data.tokenizer import ROLES
 # What a tool returns is given to the model, as what a user says is.
 ALIASES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "model": "assistant", "developer": "system", "tool": "user", "function": "user",
-    "observation": "user", "ipython": "user", "function_call": "assistant",
+    "ai": "assistant", "model": "assistant", "developer": "system", "tool": "user",
+    "function": "user", "observation": "user", "ipython": "user", "function_call": "assistant",
 }
 # Bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory.
 LONGEST_LINE = 1 << 24
@@ -30,6 +30,12 @@ LEFT_OUT = {
 CALLS = "tool_calls", "function_call"  # a message that is one may have no text
 TEXTS = "text", "input_text", "output_text"  # types of the parts of a content that are read
 REFUSED = "images", "image", "videos", "video", "audios", "audio"  # without them a text lies
+BEGINNINGS = {  # of files that are no lines of JSON
+    b"\x1f\x8b": "packed by gzip; unpack it first",
+    b"PK\x03\x04": "packed by zip; unpack it first",
+    b"\xff\xfe": "UTF-16; write it as UTF-8",
+    b"\xfe\xff": "UTF-16; write it as UTF-8",
+}
 FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
 
 
@@ -74,10 +80,10 @@ def read_chat(line, left_out):
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        start = line.strip()[:60].decode("utf-8", "replace")
-        raise ValueError(f" is not JSON: {start}") from None
+        raise ValueError(f" is not JSON{looks_like(line)}") from None
     if not isinstance(record, dict):
-        raise ValueError(f": expected {FORM}, got a {type(record).__name__}")
+        kind = type(record).__name__
+        raise ValueError(f": expected {FORM} on a line of its own, got a {kind}")
     for key in REFUSED:
         if record.get(key):
             raise ValueError(f": '{key}' is not supported, only text; expected {FORM}")
@@ -92,6 +98,17 @@ def read_chat(line, left_out):
     return messages
 
 
+def looks_like(line):
+    """What a line that is not JSON seems to be, and what to do about it."""
+    for beginning, what in BEGINNINGS.items():
+        if line.startswith(beginning):
+            return f" but {what}"
+    start = line.strip()[:60].decode("utf-8", "replace")
+    if start.startswith("["):
+        return f": {start} (of a list write each dialogue on a line of its own)"
+    return f": {start}"
+
+
 def turns(record):
     """The messages of a record as it has them. ValueError if it has none."""
     keys = [key for key in ("messages", "conversations", "conversation", "instruction")
@@ -103,9 +120,12 @@ def turns(record):
         if not isinstance(said, list) or not said:
             raise ValueError(f": '{keys[0]}' is no list of messages; expected {FORM}")
         return said
-    if not keys or "output" not in record:
-        keys = ", ".join(sorted(record)) or "nothing"
-        raise ValueError(f": neither 'messages' nor 'conversations' among {keys}; expected {FORM}")
+    if not keys:
+        names = ", ".join(sorted(record)) or "nothing"
+        known = "neither 'messages' nor 'conversations' nor 'instruction'"
+        raise ValueError(f": {known} among {names}; expected {FORM}")
+    if "output" not in record:
+        raise ValueError(": there is 'instruction', but not 'output'")
     said = []
     for pair in [*(record.get("history") or []), [record["instruction"], record["output"]]]:
         if not isinstance(pair, list) or len(pair) != 2:
@@ -129,7 +149,8 @@ def read_message(i, m, left_out):
     content = m.get("content", m.get("value"))
     calls = [key for key in CALLS if m.get(key)]
     if content is None or calls and not content:
-        what = "null" if content is None else "empty"
+        there = "content" in m or "value" in m
+        what = "missing" if not there else "null" if content is None else "empty"
         why = f" ({calls[0]} is not supported)" if calls else ""
         raise ValueError(f"{where}: content is {what}{why}")
     count(m, left_out)

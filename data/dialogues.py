@@ -206,11 +206,11 @@ def expansion(rng, words):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
         telling, ask, ask_who = ATTRIBUTES[key]
         answer = f"{people[i]} {telling.format(facts[i][key])}."
-        if kind < 0.1:
+        if kind < 0.15:
             query = rng.choice(ask_who).format(facts[i][key])
-        elif kind < 0.2:
+        elif kind < 0.3:
             query, answer = f"Tell me all about {people[i]}.", joined(people[i], facts[i])
-        elif kind < 0.3 and turn > 0 and n < len(people):
+        elif kind < 0.4 and turn > 0 and n < len(people):
             query, answer = f"Add this. {row(people[n], facts[n], story)}", f"Added {people[n]}."
             n += 1
         else:
@@ -267,9 +267,13 @@ def refinement(rng, words):
     items = rng.sample(pool, rng.randint(3, 6))
     some = "Here are some numbers" if numbers else "Here are some words"
     start = f"{rng.choice(('Take this list', 'Here is a list', some))}: {listed(items)}."
-    for turn in range(rng.randint(3, 7)):
+    if rng.random() < 0.2:
+        yield start, f"Here it is: {listed(items)}."
+        start = ""
+    for _ in range(rng.randint(3, 7)):
         ask, items = edit(rng, rng.choice(edits(items, numbers)), items, pool)
-        yield (f"{start} {ask}" if turn == 0 else ask), f"Here it is: {listed(items)}."
+        ask, start = f"{start} {ask}".strip(), ""
+        yield ask, f"Here it is: {listed(items)}."
 
 
 # --- follow-up ----------------------------------------------------------------------------------
@@ -317,7 +321,8 @@ def new_sum(rng):
     """A sum that does not build on the last answer: (how one asks for it, the answer, the sum)."""
     a, b = rng.randint(1, 60), rng.randint(1, 9)
     if rng.random() < 0.7 or a < b:
-        ask = rng.choice((f"What is {a} plus {b}?", f"{a} + {b}", f"What is {a} + {b}?"))
+        ask = rng.choice((f"What is {a} plus {b}?", f"{a} + {b}", f"What is {a} + {b}?",
+                          f"{a} plus {b}", f"{a}+{b}"))
         return ask, f"{a} plus {b} is {a + b}.", a + b
     ask = rng.choice((f"What is {a} minus {b}?", f"{a} - {b}", f"What is {a} - {b}?"))
     return ask, f"{a} minus {b} is {a - b}.", a - b
@@ -430,12 +435,16 @@ SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind
 TYPED = (*PATTERNS, "small talk")  # some of their queries look as if typed in a hurry
 
 
-def typed(rng, query, lower, errors):
-    """A query as people type it: without capitals and full stops, with an error in a word."""
+def typed(rng, query, lower, errors, names):
+    """A query as people type it: without capitals and full stops, with an error in a word.
+
+    One of the names at its start keeps its capital, unless all are small.
+    """
     if lower == "all":
         query = query.lower().replace("'s ", "s ").replace("'m ", "m ")
     if lower:
-        query = query[0].lower() + query[1:].rstrip(".?!")
+        first = query[0] if query.startswith(names) else query[0].lower()
+        query = first + query[1:].rstrip(".?!")
     if errors:
         words = query.split(" ")
         usual = [i for i, word in enumerate(words) if word in TYPED_WRONG]
@@ -451,11 +460,13 @@ def one_family(rng, split, families):
     family, = rng.choices(families, [FAMILIES[name][0] for name in families])
     lower, errors = "", False
     if family in TYPED:
-        lower, = rng.choices(("", "first", "all"), (8, 1, 1))
+        lower, = rng.choices(("", "first", "all"), (6, 2, 2))
         errors = rng.random() < 0.1
     _, function = FAMILIES[family]
-    turns = function(rng, Words(rng, split, lower=lower == "all"))
-    return [(typed(rng, query, lower, errors), answer) for query, answer in turns], family
+    words = Words(rng, split, lower=lower == "all")
+    turns = list(function(rng, words))
+    names = tuple(words.drawn)
+    return [(typed(rng, query, lower, errors, names), answer) for query, answer in turns], family
 
 
 def one_dialogue(rng, split, families, mixed):

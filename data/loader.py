@@ -122,6 +122,8 @@ def own_splits(data, encode, skip_bad):
     """[(split, rows)] of a file of chats, drawn from those that fit. ValueError if too few do."""
     # Each dialogue once, in an order that is not the file's.
     different = {json.dumps(messages): messages for messages in read_chats(data, skip_bad)}
+    if not different:
+        raise ValueError(f"{data} holds no dialogue; expected one a line, in JSON")
     chats = [{"messages": messages, "family": "chats"} for messages in different.values()]
     chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())
     rows = []

@@ -222,6 +222,7 @@ Tell me about {x}.|Tell me a story about {x}.|Tell me more about {x} and {y}.|Te
 Compare {x} with {y}.|Describe a {x}.|Show me a {x}.|Find a {x} near me.|Buy a {x}.|Read the {x}.
 Repeat the word {x}.|Say {x}.|Spell {x}.|How do you spell {x}?|Correct this: {x}
 What is {x} in French?|Convert {n} {x} to {y}.|{n} / {m}|{n} * {m}|What is {n} divided by {m}?
+What is {n} times {m}?|{n} times {m}|{n}*{m}=|Triple {n}.|What is {n} percent of {m}?
 Solve x + {n} = {m}.|Count to {n}.|{n}|{n} {m}|What happened in {n}?|What year is it?
 What day is it?|What time is it?|What is the date today?|If I have {n} {x} and {m} {y}, what then?
 What comes after {n}, {m}?|What is the {x} number {n}?|What is the news today?|Who won the {x}?

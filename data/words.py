@@ -247,6 +247,7 @@ class Words:
 
     def __init__(self, rng, split="train", lower=False):
         self.rng, self.lower = rng, lower
+        self.drawn = []  # all that were given
         self.fixed = {"new_words": (NEW_NAMES, NEW_CITIES),
                       "final_words": (FINAL_NAMES, FINAL_CITIES)}.get(split)
 
@@ -263,4 +264,5 @@ class Words:
             new = not self.fixed and self.rng.random() < 0.5
             word = invented(self.rng) if new else self.rng.choice(known)
             words[word.lower() if self.lower else word] = None
+        self.drawn += words
         return list(words)

@@ -9,6 +9,7 @@ with a mask that hides nothing. And the token that ends an answer belongs to the
 by itself, not with the next query. With that the cache of keys and values works as ever.
 """
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -48,12 +49,17 @@ def chat(model, tokenizer, queries, max_new_tokens=100):
             logits = read(model, cache, answer[-1:])
         read(model, cache, [tokenizer.eos_token_id])  # by itself, see above
         messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
-        known = text + messages[-1]["content"] + tokenizer.eos_token
+        # What has been read ends there; some templates take the spaces around an answer away.
+        known = tokenizer.apply_chat_template(messages, tokenize=False)
+        known = known[: known.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]
         yield messages[-1]["content"]
 
 
 if __name__ == "__main__":
-    folder, *queries = sys.argv[1:]
+    folder, *queries = sys.argv[1:] or [""]
+    if not queries or not Path(folder, "config.json").exists():
+        sys.exit('usage: python demos/elsewhere.py FOLDER "a query" "the next one" ..., with the '
+                 "folder of a model that was fine-tuned under ISM")
     for answer in chat(AutoModelForCausalLM.from_pretrained(folder),
                        AutoTokenizer.from_pretrained(folder), queries):
-        print(answer)
+        print(answer, flush=True)

@@ -248,9 +248,12 @@ def check_late(chat, off):
                           "it to feed() as the only token")
     check(stale, "<|end|> waits for the next query, and yet every entry of the cache is right: "
                  "feed() hands over the rows of self.f, and they hide the query from it. That is "
-                 "what f is for. Let self.f hide nothing, as in a call without a mask")
+                 "what f is for. For this one call let self.f hide nothing, as in a call without "
+                 "a mask. Then put it back: the next turn compares it with the new f")
     query, answer = chat.turns[0]
     end = len(query) + len(answer) - 1
+    check(stale[0] > 0, "every cache entry is wrong, from the first on: self.f was changed and not "
+                        "put back, so that the next turn trusts nothing and reads all again")
     first = chat.tokenizer.decode([tokens[stale[0]]])
     check(stale[0] == end, f"the first wrong cache entry is that of token {stale[0]}, {first}; it "
                            f"should be token {end}, the <|end|> of the first answer")
@@ -281,7 +284,8 @@ sys.path.insert(0, "demos")
 import pytest, sample
 from exercises import load
 {replace}
-sys.exit(pytest.main(["-qx", "-p", "no:cacheprovider", "tests/test_chat.py::{name}"]))
+flags = ["-qx", "-p", "no:cacheprovider", "-o", "addopts="]  # in this process, with its Chat
+sys.exit(pytest.main([*flags, "tests/test_chat.py::{name}"]))
 """
     command = [sys.executable, "-c", script, path]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")

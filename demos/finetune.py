@@ -195,7 +195,9 @@ def main():
         metrics = finetune(s)
         if RANK == 0:
             report(metrics)
-            print(f"\nchat with it: python sample.py --ckpt {shlex.quote(s.out_dir)}")
+            out = shlex.quote(s.out_dir)
+            print("\nckpt.pt is there for --resume alone; remove it to save space")
+            print(f"chat with it: python sample.py --ckpt {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """
 What the demos put out: tables, and pictures, in one folder and with one color for each mask.
 """
+import json
 import sys
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def check_writable(*paths, json=""):
             open(path, "a").close()
         except OSError as error:
             sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path}: {error.strerror}")
+
+
+def read_figures(path, names):
+    """What stands under these names in a file of figures. ValueError if it is none."""
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        return {name: figures[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        how = "name a file that --full has written"
+        raise ValueError(f"{path} holds no figures of this demo; {how}") from None
 
 
 def spelled(value):

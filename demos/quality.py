@@ -28,7 +28,16 @@ from data import machine
 from data.checkpoint import load_checkpoint, write_json
 from data.dialogues import generate
 from data.machine import setting
-from demos.output import check_writable, color, interval, percent, picture, plt, table
+from demos.output import (
+    check_writable,
+    color,
+    interval,
+    percent,
+    picture,
+    plt,
+    read_figures,
+    table,
+)
 from sample import load_chat
 
 ROWS = {  # how each row is trained, beside its seed
@@ -189,7 +198,7 @@ def main():
         check_writable(study.out)
         figures = {"command": "", "cpu": "", "runs": []}
         if not study.quick and (path.exists() or not study.full):
-            figures = read(path)
+            figures = read_figures(path, ("command", "cpu", "runs"))
         if study.full or study.quick:
             check_writable(json=study.json)
             figures["command"] = " ".join(["python", "demos/quality.py", *sys.argv[1:]])
@@ -198,16 +207,6 @@ def main():
         report(figures)
         draw(figures, study.out)
     print(f"\nMade by `{figures['command']}` on {figures['cpu']}.\nThe picture: {study.out}")
-
-
-def read(path):
-    """The figures in a file that a run wrote. ValueError if it is none."""
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-        return {name: figures[name] for name in ("command", "cpu", "runs")}
-    except (OSError, ValueError, KeyError, TypeError):
-        how = "name a file that --full has written"
-        raise ValueError(f"{path} holds no figures of this demo; {how}") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 See it win: the same small GPT learns a game under causal and under ISM, side by side.
 
-    python demos/race.py                            under 3 minutes on 2 cores
+    python demos/race.py                            about 1 minute on 2 cores
     python demos/race.py --seeds 3                  three races, one after the other
     python demos/race.py --masks causal,ism,yours   other masks, your own in mask.py among them
     python demos/race.py --task missing             another game
@@ -24,6 +24,7 @@ import queue
 import random
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from demos.output import check_writable, color, picture, plt, table
 from demos.page import look
 from mask import MASKS
 from model import GPT
-from train import Settings, evaluate, model_config, train
+from train import Settings, check_mask, evaluate, model_config, train
 
 # --- the games ----------------------------------------------------------------------------------
 
@@ -132,6 +133,7 @@ class Race:
             if name not in MASKS:
                 there = ", ".join(MASKS)
                 raise ValueError(f"--masks {self.masks}: '{name}' is no mask; there are {there}")
+            check_mask(name, Games(self.task, 2, "of a trial"))
 
     def runners(self):
         """Name -> (mask, whether the queries are given twice)."""
@@ -223,7 +225,9 @@ def runner(messages, race, name, seed, threads):
     except KeyboardInterrupt:
         return
     except Exception as error:
-        messages.put(("failed", name, f"{type(error).__name__}: {error}"))
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{where.filename}, line {where.lineno}"
+        messages.put(("failed", name, f"{type(error).__name__}: {error} ({place})"))
         return
     messages.put(("done", name, record))
 

@@ -106,7 +106,7 @@ BAD = [
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
         "content is null (tool_calls is not supported)",
     ),
-    ({"messages": [USER, {"role": "assistant"}]}, "message 2: content is null"),
+    ({"messages": [USER, {"role": "assistant"}]}, "message 2: content is missing"),
     (
         {"messages": [USER, {"role": "robot", "content": "x"}]},
         'message 2: the role is "robot"; known are system, user, assistant, human',
@@ -131,13 +131,14 @@ BAD = [
     ({"messages": [USER, ANSWER], "images": ["a.png"]}, "'images' is not supported, only text"),
     (
         {"prompt": "x", "completion": "y"},
-        "neither 'messages' nor 'conversations' among completion, prompt",
+        "neither 'messages' nor 'conversations' nor 'instruction' among completion, prompt",
     ),
+    ({"instruction": "x", "input": "y"}, "line 2: there is 'instruction', but not 'output'"),
     ({"chosen": [USER], "rejected": [USER]}, "among chosen, rejected"),
     ({}, "among nothing"),
     ({"messages": [USER, ANSWER], "system": 5}, "'system' is no text but a int"),
     ({"instruction": "x", "output": "y", "history": ["a"]}, "'history' must be pairs"),
-    ([USER], "got a list"),
+    ([USER], "on a line of its own, got a list"),
     (7, "got a int"),
 ]
 

@@ -1,5 +1,6 @@
 """Hard edges: what people's own files, machines and habits do to it."""
 
+import gzip
 import importlib.util
 import io
 import json
@@ -938,6 +939,63 @@ def asked(monkeypatch, words):
 
 
 @signals
+def test_a_flag_that_the_folder_decides_is_one_line(tmp_path, last_words, folder, chats):
+    flags = "--init_from", str(folder), "--out_dir", str(tmp_path / "out"), "--data", chats
+    for flag in ("--n_layer=3", "--no-qk_norm", "--tokenizer=gpt2"):
+        name = flag.split("=")[0].replace("no-", "")
+        assert f"{name} is that of the folder" in last_words(finetune_module, *flags, flag)
+    # Nothing of the folder is written before the data are read.
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    said = last_words(finetune_module, *flags[:-1], str(empty), "--device=cpu")
+    assert "empty.jsonl holds no dialogue" in said
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_is_no_file_of_chats_is_named(tmp_path):
+    chat = line_of_chat(1).encode()
+    for content, words in (
+        (gzip.compress(chat), "packed by gzip"),
+        (line_of_chat(1).encode("utf-16"), "UTF-16; write it as UTF-8"),
+        (b"[\n" + chat + b"\n]", "of a list write each dialogue on a line of its own"),
+        (b"[" + chat + b"]", "on a line of its own, got a list"),
+        (b"question,answer\n1,2", "is not JSON: question,answer"),
+        (b"\n \n", "holds no dialogue"),
+    ):
+        path = tmp_path / "chats.jsonl"
+        path.write_bytes(content)
+        assert words in fails(prepare, TOKENIZER, 64, str(path))
+
+
+def test_a_chat_with_a_changed_layer_is_that_of_the_model(trained, monkeypatch):
+    def changed(self, x):
+        return -before(self, x)
+
+    before, told = model_module.MLP.forward, []
+    monkeypatch.setattr(model_module.MLP, "forward", changed)
+    chat = load_chat(trained, "cpu", notify=told.append, max_new_tokens=20)
+    assert told == ["[a layer of model.py was changed: answers are written by it alone, slower]"]
+    for query in ("My name is Ann.", "Who am I?"):
+        chat.send(query)
+        tokens, segments = (torch.tensor([row]) for row in chat.layout())
+        logits = chat.model(tokens, MASKS["ism"](segments))[0]  # (T, V)
+        logits[:, chat.silent] = -torch.inf
+        n = len(chat.turns[-1][1])
+        written = n - 1 if n > 20 else n  # what max_new_tokens cut off has no <|end|> of its own
+        start = tokens.shape[1] - n
+        likeliest = logits.argmax(1)[start - 1 : start - 1 + written]
+        assert likeliest.tolist() == chat.turns[-1][1][:written]
+
+
+def test_a_chat_takes_the_folder_of_a_run_and_tells_of_another_mask(trained):
+    told = []
+    chat = load_chat(trained, "cpu", mask="causal", notify=told.append)
+    assert isinstance(chat.send("hi"), str)
+    assert told == ["[trained under ism: to read well under causal it has to learn it first]"]
+    load_chat(trained / "ckpt.pt", "cpu", mask="ism", notify=told.append)
+    assert len(told) == 1
+
+
 def test_a_printed_command_can_be_pasted(tmp_path, monkeypatch, handlers, folder, chats, capsys):
     """Whatever its path is made of."""
     out = tmp_path / "it's $HOME; two"

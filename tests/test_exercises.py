@@ -97,7 +97,7 @@ WRONG = [
     (1, LOOKAHEAD, "torch.minimum(", "SyntaxError"),
     (2, "if len(tokens) > 1:", "if False:", "they hide the query from it"),
     (2, "            return None", "            pass", "still goes alone"),
-    (2, "self.f[:, start:end] = end", "self.f[:, start:end] = 1", "first wrong"),
+    (2, "self.f[:, start:end] = end", "self.f[:, start:end] = 1", "put back"),
     (2, LATE_END, "", "still goes alone"),
     (2, '"test_random_sessions"', '"test_printable"', "passes with Late"),
     (2, '"test_random_sessions"', '"test_no_such"', "has no test"),

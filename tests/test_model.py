@@ -465,6 +465,29 @@ def test_steps_written_out_are_the_model(variant):
             read_one(0)
 
 
+CHANGES = {  # of a layer, as a reader makes them
+    "a block": lambda block: setattr(
+        block, "forward", lambda x, *given: type(block).forward(block, x, *given).tanh()),
+    "an MLP": lambda block: setattr(block.mlp, "forward", lambda x: block.mlp.down(
+        block.mlp.up(x).chunk(2, -1)[0].relu())),
+    "a norm": lambda block: setattr(block, "norm1", torch.nn.LayerNorm(block.norm1.weight.shape)),
+    "attention": lambda block: setattr(block.attention, "forward", lambda x, *given: (
+        type(block.attention).forward(block.attention, 2 * x, *given) - x)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("change", CHANGES)
+@torch.inference_mode()
+def test_a_changed_layer_is_not_written_out(variant, change):
+    """A reader's change is in the chat too: what knows the layers by heart stands back."""
+    for seed in range(3):
+        model = make(variant, 64, seed)
+        assert one_by_one(model, Cache(model.config)) is not None
+        CHANGES[change](model.blocks[seed % len(model.blocks)])
+        assert one_by_one(model, Cache(model.config)) is None
+
+
 def test_without_torchs_private_operators_the_weights_are_bfloat16(monkeypatch):
     """A later torch may not have them: the chat goes on, with more bytes."""
 
