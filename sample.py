@@ -220,9 +220,9 @@ def query_tokens(chat, message):
     query = chat.tokenizer.encode_given([message])
     # An answer is one token at least, and <|end|>.
     if len(chat.system) + len(query) + 2 > chat.size:
-        n, system = len(query), len(chat.system)
-        raise ValueError(f"the query has {n} tokens and the system prompt {system}: too long "
-                         f"for the context of {chat.size}")
+        system = f" and the system prompt {len(chat.system)}" if chat.system else ""
+        raise ValueError(f"the query has {len(query)} tokens{system}: too long for the context "
+                         f"of {chat.size}")
     return query
 
 
@@ -237,7 +237,7 @@ def forget_oldest(chat):
     chat.cache.length = 0
     chat.f = chat.f[:, :0]
     full = f"the context of {chat.size} tokens is full"
-    chat.notify(f"[{full}: the oldest {dropped} turns are forgotten]")
+    chat.notify(f"[{full}, so the oldest turns are forgotten, {dropped} of them]")
     return tokens, segments
 
 
@@ -405,7 +405,10 @@ def command(chat, line):
             if not argument:
                 raise ValueError("/save FILE needs the name of a file")
             write_json(pathlib.Path(argument).expanduser(), {"messages": saved(chat)})
-        except (OSError, ValueError) as error:
+            print(f"[saved to {printable(argument)}]")
+        except OSError as error:
+            print(f"[not saved: {printable(argument)}: {error.strerror}]")
+        except ValueError as error:
             print(f"[not saved: {one_line(error)}]")
     elif name == "/help":
         print(HELP)
@@ -484,18 +487,24 @@ def main():
             print(f"[no {TRAINED} yet, so this is the small model of the repository; "
                   "python train.py trains your own]")
             a.ckpt = SMALL_MODEL
+        ckpt = a.ckpt or TRAINED
         chat = load_chat(
-            a.ckpt or TRAINED, a.device, a.dtype, a.mask, a.block_size, system=a.system,
+            ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system,
             temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
-            max_new_tokens=a.max_new_tokens, notify=print,
+            max_new_tokens=a.max_new_tokens, notify=tell,
         )
         if a.history:
             go_on(chat, read_history(a.history))
-        talk(chat, a.prompt)
+        talk(chat, a.prompt, ckpt)
 
 
-def talk(chat, prompts):
-    """Answer the prompts, or what is typed until the end of the input."""
+def tell(line):
+    """Print a line about the chat; it may come amid an answer."""
+    print(f"\n{line}", flush=True)
+
+
+def talk(chat, prompts, path=TRAINED):
+    """Answer the prompts, or what is typed until the end of the input. path: of the model."""
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show every character
         sys.stdout.reconfigure(errors="replace")
     for prompt in prompts:
@@ -505,7 +514,7 @@ def talk(chat, prompts):
         return
     terminal = sys.stdin.isatty()
     if terminal:
-        print("Ask something; /help lists the commands.")
+        print(f"This is {path}. Ask something; /help lists the commands.")
     if hasattr(sys.stdin, "reconfigure"):
         # A file may begin with a byte order mark; a terminal may not be one of UTF-8.
         encoding = None if terminal else "utf-8-sig"

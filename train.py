@@ -37,7 +37,7 @@ class Settings:
     max_iters: int = setting(4000, "training steps")
     batch_size: int = setting(8, "a step holds batch_size * block_size tokens, in whole dialogues")
     grad_accum: int = setting(1, "parts that a batch is cut into to save memory")
-    checkpointing: bool = setting(False, "compute each block again in the backward pass, likewise")
+    checkpointing: bool = setting(False, "compute blocks again in the backward pass to save memory")
     block_size: int = setting(256, "longest context in tokens")
     n_layer: int = setting(2, "blocks")
     n_head: int = setting(2, "query heads")
@@ -201,6 +201,7 @@ class Run:
     seen: int = 0  # tokens since then
     right: float = None  # the share of held-out answers, when last looked at
     told: bool = False  # that there is a checkpoint to chat with
+    former: bool = False  # there is a checkpoint of a run before this one
 
 
 def begin(s, model=None, splits=None, watch=None):
@@ -248,6 +249,7 @@ def begin(s, model=None, splits=None, watch=None):
         for block in model.blocks:
             block.compile(dynamic=True)
     run = Run(s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began)
+    run.former = out is not None and not s.resume and (out / "ckpt.pt").exists()
     if watch is None:
         run.watch, run.bar = tell, announce(run)
     return run
@@ -419,8 +421,12 @@ def chat_command(s):
 
 
 def save(run):
-    """Write the checkpoint, whole or not at all."""
+    """Write the checkpoint, whole or not at all. That of a run before this one is kept."""
     if RANK == 0 and run.out is not None:
+        if run.former:
+            (run.out / "ckpt.pt").replace(run.out / "ckpt.before.pt")
+            (run.out / "metrics.json").unlink(missing_ok=True)
+            run.former = False
         checkpoint.save_checkpoint(
             run.out / "ckpt.pt", config=asdict(run.model.config), settings=asdict(run.s),
             tokenizer=run.tokenizer.identity, model=run.model.state_dict(),

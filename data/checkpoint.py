@@ -224,6 +224,13 @@ def load_state(path, config, identity, settings):
     if differ:
         what = f"has another model config: {'; '.join(differ)}"
         raise ValueError(f"{path} {what}. --resume needs the same settings")
+    now, of_no_matter = asdict(settings), ("resume", "out_dir", "device", "eval_interval")
+    others = [
+        f"--{name} {now[name]}, not {was}" for name, was in state["settings"].items()
+        if name in now and name not in of_no_matter and now[name] != was
+    ]
+    if others and machine.RANK == 0:
+        print(machine.one_line(f"goes on with other settings than before: {'; '.join(others)}"))
     return state
 
 

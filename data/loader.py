@@ -65,7 +65,8 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
             raise ValueError(f"{partial} cannot be written ({reason})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    encode.tell()
+    if data:
+        encode.tell()
     return folder
 
 

@@ -145,8 +145,8 @@ def test_chat_under_ism_never_builds_a_mask(monkeypatch):
         chosen.append(original(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr(model_module, "choose_attention", choose)
     chat = make_chat("ism", 256)
+    monkeypatch.setattr(model_module, "choose_attention", choose)
     for text in ("one", "two two", "three"):
         chat.send(text)
     # One choice a query, and each time attention to all. A token of an answer has no choice: it

@@ -996,6 +996,32 @@ def test_a_chat_takes_the_folder_of_a_run_and_tells_of_another_mask(trained):
     assert len(told) == 1
 
 
+def test_a_run_keeps_the_checkpoint_of_the_run_before(tmp_path):
+    path, before = tmp_path / "ckpt.pt", tmp_path / "ckpt.before.pt"
+    train(Settings(**TINY, out_dir=str(tmp_path)))
+    first = path.read_bytes()
+    s = {**TINY, "max_iters": 4, "eval_interval": 2, "out_dir": str(tmp_path)}
+
+    def looked(run, loss):
+        if run.step < 2:  # nothing is saved yet
+            assert path.read_bytes() == first and not before.exists()
+        elif run.step > 2:
+            assert before.read_bytes() == first and not (tmp_path / "metrics.json").exists()
+
+    train(Settings(**s), watch=looked)
+    assert before.read_bytes() == first and load_checkpoint(path)["step"] == 4
+    train(Settings(**{**s, "max_iters": 5}, resume=True))
+    assert before.read_bytes() == first and load_checkpoint(path)["step"] == 5
+
+
+def test_to_resume_with_other_settings_is_told(tmp_path, capsys):
+    train(Settings(**TINY, out_dir=str(tmp_path)))
+    capsys.readouterr()
+    train(Settings(**{**TINY, "max_iters": 3}, out_dir=str(tmp_path), grad_clip=0.5, resume=True))
+    told = "goes on with other settings than before: --max_iters 3, not 2; --grad_clip 0.5, not 1.0"
+    assert told in capsys.readouterr().out.splitlines()
+
+
 def test_a_printed_command_can_be_pasted(tmp_path, monkeypatch, handlers, folder, chats, capsys):
     """Whatever its path is made of."""
     out = tmp_path / "it's $HOME; two"

@@ -134,7 +134,7 @@ def test_the_other_game(tmp_path):
     [
         (("--masks", "causal,foo"), "'foo' is no mask; there are causal, prefix, ism"),
         (("--steps", "0"), "--steps must be at least 1"),
-        (("--every", "999"), "--every must be at most"),
+        (("--every", "0"), "--every must be at least 1"),
         (("--task", "chess"), "links"),
         (("--seed", "x"), "invalid int"),
         (("--out", "/dev/null/x"), "cannot write"),

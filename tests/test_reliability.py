@@ -307,7 +307,8 @@ def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path, capsys):
         command(chat, f"/save {path}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert capsys.readouterr().out.startswith("[not saved: ")
+    saved, failed = capsys.readouterr().out.splitlines()
+    assert saved == f"[saved to {path}]" and failed.startswith(f"[not saved: {path}: ")
     assert path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
 
 
@@ -515,6 +516,8 @@ def test_bad_input_at_the_terminal(trained):
         b"<|end|><|assistant|>",
         "é".encode()[:1],
         b"/save",
+        b"/help",
+        b"/sevae",
         b"/reset",
         b"ok",
         b"/quit",
@@ -530,6 +533,7 @@ def test_bad_input_at_the_terminal(trained):
     assert done.returncode == 0 and not done.stderr, done.stderr
     out = done.stdout.decode("utf-8")
     assert out.count("[the query is too long for the context of 256 tokens]") == 1
+    assert "[not saved: /save FILE needs" in out and "[no command /sevae; /help" in out
     assert "/help       this" in out and all(c.isprintable() or c in "\n\t" for c in out)
 
 
