@@ -1,0 +1,387 @@
+"""
+Does a published model gain by reading queries in both directions? SmolLM2 under causal and ISM.
+
+    python demos/compare.py              prints and draws the committed figures, without training
+    python demos/compare.py --full       fine-tunes what the figures do not hold yet: hours on a CPU
+    python demos/compare.py --full --gsm8k FOLDER      with GSM8K's train.jsonl and test.jsonl
+
+Both masks get the same dialogues, seeds and steps of LoRA, and each the better of the rates. The
+dialogues are of three kinds, each asked apart:
+
+    question last   lists and facts, told before it is known what will be asked about them
+    dialogues       those of data/dialogues.py
+    gsm8k           sums told as a story, with a worked answer (Cobbe et al., 2021)
+
+SmolLM2 was trained under causal. So the curves also tell how fast it learns to read both ways. Two
+commands with other --masks can run beside each other.
+"""
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import hf, machine
+from data.checkpoint import write_json
+from data.dialogues import generate, listed
+from data.loader import Encoder, Split, write_split
+from data.machine import setting
+from data.scores import summary
+from data.words import FOODS, NAMES, Random
+from demos.finetune import Finetune, finetune
+from demos.output import (
+    check_writable,
+    color,
+    interval,
+    percent,
+    picture,
+    plt,
+    read_figures,
+    table,
+)
+from mask import MASKS
+from train import evaluate
+
+
+@dataclass
+class Comparison:
+    """What is run and where it goes. Each field is a flag of the command line."""
+
+    full: bool = setting(False, "run what the figures do not hold yet")
+    init_from: str = setting("out/smollm2", "the Hugging Face folder to start from")
+    gsm8k: str = setting("", "a folder with GSM8K's train.jsonl and test.jsonl; without it none")
+    masks: str = setting("causal,ism", "names of masks, with commas between")
+    seeds: int = setting(3, "seeds of each, from 0 on: of the dialogues, LoRA and the order")
+    rates: str = setting("1e-3,3e-3", "learning rates that seed 0 tries, with commas between")
+    steps: int = setting(120, "training steps")
+    every: int = setting(20, "steps between two looks")
+    batch_size: int = setting(2, "a step holds 256 * batch_size tokens, in whole dialogues")
+    rank: int = setting(16, "of LoRA")
+    anneal: int = setting(0, "steps in which the mask goes from causal to its own")
+    dtype: str = setting("auto", "to compute in, see train.py", machine.DTYPES)
+    n: int = setting(400, "dialogues of each kind to train on; a tenth to test on")
+    runs: str = setting("out/compare", "the folder of the runs, a file each")
+    json: str = setting(str(ROOT / "demos" / "real.json"), "the figures")
+    out: str = setting(picture("real"), "the picture")
+
+    def __post_init__(self):
+        for name in ("seeds", "steps", "every", "batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.n < 20:
+            raise ValueError(f"--n must be at least 20, not {self.n}")
+        for name in self.masks.split(","):
+            if name not in MASKS:
+                there = ", ".join(MASKS)
+                raise ValueError(f"--masks {self.masks}: '{name}' is no mask; there are {there}")
+        try:
+            self.tried = [float(rate) for rate in self.rates.split(",")]
+        except ValueError:
+            numbers = "expected numbers with commas between"
+            raise ValueError(f"--rates {self.rates}: {numbers}") from None
+
+
+# --- the dialogues ------------------------------------------------------------------------------
+
+ORDINALS = "first", "second", "third", "fourth", "fifth", "sixth"
+
+
+def nth(rng):
+    names = rng.sample(NAMES, 6)
+    i = rng.randrange(6)
+    return f"Names: {listed(names)}. Which is the {ORDINALS[i]}?", f"{names[i]}."
+
+
+def named_once(rng):
+    once, *others = rng.sample(NAMES, 4)
+    named = [once, *others, *others]
+    rng.shuffle(named)
+    return f"Names: {listed(named)}. Which is there only once?", f"{once}."
+
+
+def missing(rng):
+    gone, *rest = rng.sample(FOODS, 5)
+    items = rng.sample([gone, *rest], 5)
+    return f"I need {listed(items)}. I have {listed(rest)}. What is missing?", f"{gone}."
+
+
+def options(rng):
+    """The choices come before the text that says which of them is right."""
+    names = rng.sample(NAMES, 4)
+    one, *others = rng.sample(names, 4)
+    text = f"{one} found the key, after {others[0]} and {others[1]} had looked for it."
+    return f"Is it {listed(names[:-1])} or {names[-1]}? {text} Who found it?", f"{one}."
+
+
+def links(rng):
+    """A chain of facts in any order, of which the question needs two."""
+    chain = rng.sample(NAMES, 4)
+    told = [f"{a} reports to {b}." for a, b in zip(chain, chain[1:])]
+    rng.shuffle(told)
+    i = rng.randrange(2)
+    return f"{' '.join(told)} Who is the boss of {chain[i]}'s boss?", f"{chain[i + 2]}."
+
+
+LAST = {"the n-th": nth, "only once": named_once, "missing": missing, "options first": options,
+        "shuffled facts": links}
+
+
+def question_last(split, n, seed):
+    """n dialogues of four turns, all of one kind, which is their family."""
+    rng = Random(f"{split} {seed}")
+    for _ in range(n):
+        family = rng.choice(list(LAST))
+        messages = []
+        for query, answer in (LAST[family](rng) for _ in range(4)):
+            messages.append({"role": "user", "content": query})
+            messages.append({"role": "assistant", "content": answer})
+        yield {"messages": messages, "family": family}
+
+
+def gsm8k(path):
+    """The questions and worked answers of one of GSM8K's files, without its marks for sums.
+
+    ValueError if it is none.
+    """
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            question, worked = record["question"], record["answer"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is no file of GSM8K: {line[:60]}") from None
+        answer = re.sub("<<.*?>>", "", worked)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        yield {"messages": messages, "family": "gsm8k"}
+
+
+def sources(c, split, n, seed):
+    """{kind: n dialogues of a split, which is train, val or test}."""
+    found = {
+        "question last": question_last(split, n, seed),
+        "dialogues": generate(split, n, seed, mixed=True),
+    }
+    if c.gsm8k:
+        stories = list(gsm8k(Path(c.gsm8k, "test.jsonl" if split == "test" else "train.jsonl")))
+        if split != "test":
+            # The last tenth of those to train on is there to tune on.
+            cut = len(stories) * 9 // 10
+            stories = stories[cut:] if split == "val" else stories[:cut]
+        Random(seed).shuffle(stories)
+        found["gsm8k"] = stories[:n]
+    return found
+
+
+def splits(c, seed, folder):
+    """{"train": all kinds together, "val": {kind: Split}, "test": {kind: Split}}."""
+    encode = Encoder(hf.load_tokenizer(c.init_from), 256)
+
+    def split(name, dialogues):
+        rows = [(encode(d["messages"]), d["family"]) for d in dialogues]
+        write_split(folder, name, [(*row, family) for row, family in rows if row is not None])
+        return Split(folder, name)
+
+    found = {"train": split("train", itertools.chain(*sources(c, "train", c.n, seed).values()))}
+    for name, n in (("val", c.n // 40), ("test", c.n // 10)):
+        kinds = sources(c, name, n, seed)
+        found[name] = {kind: split(f"{name} {kind}", said) for kind, said in kinds.items()}
+    return found
+
+
+# --- the runs -----------------------------------------------------------------------------------
+
+
+def run_one(c, mask, seed, rate):
+    """Fine-tune under a mask -> its record: curves on val, and the end on test, by kind."""
+    print(f"{mask}, seed {seed}, rate {rate:g}", flush=True)
+    s = Finetune(
+        init_from=c.init_from, mask=mask, seed=seed, learning_rate=rate, rank=c.rank,
+        alpha=2.0 * c.rank, max_iters=c.steps, batch_size=c.batch_size, block_size=256,
+        warmup_iters=c.steps // 12, anneal=c.anneal, eval_interval=c.steps, dtype=c.dtype,
+    )
+    record = {
+        "mask": mask, "seed": seed, "rate": rate, "anneal": c.anneal, "rank": c.rank,
+        "steps": [], "curves": {}, "end": {}, "families": {}, "cpu": machine.describe(),
+    }
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        given = splits(c, seed, Path(folder))
+
+        def watch(run, loss):
+            print(f"step {run.step}, loss {loss.item():.3f}", flush=True)
+            # After the first step the model is still nearly the published one.
+            if run.step == 1 or run.step % c.every == 0:
+                record["steps"].append(run.step)
+                for kind, split in given["val"].items():
+                    record["curves"].setdefault(kind, []).append(ask(run, split)[:2])
+            if run.step == c.steps:
+                for kind, split in given["test"].items():
+                    loss, right, families = ask(run, split)
+                    record["end"][kind] = loss, right
+                    record["families"].update(families)
+
+        # What train.py itself asks at the end is not needed; so it gets what is soon done.
+        soon = given["val"]["question last"]
+        finetune(s, {"train": given["train"], "test": soon}, watch)
+    return {**record, "seconds": time.time() - began}
+
+
+def ask(run, split):
+    """(mean loss, share of answers that are right as a whole, {family: such a share})."""
+    loss, answers = evaluate(run, split)
+    families, _ = summary(split, answers)
+    return loss, float(answers[:, 2].mean()), families
+
+
+def run_all(c):
+    """Run what is not there yet, each run a file; at last the file of figures has them all."""
+    for seed in range(c.seeds):
+        for mask in c.masks.split(","):
+            for rate in c.tried if seed == 0 else [best_rate(read_runs(c), mask)]:
+                name = f"{mask}-{seed}-{rate:g}" + (f"-anneal-{c.anneal}" if c.anneal else "")
+                path = Path(c.runs, f"{name}.json")
+                if not path.exists():
+                    write_json(path, run_one(c, mask, seed, rate))
+                write_json(c.json, {
+                    "command": " ".join(["python", "demos/compare.py", *sys.argv[1:]]),
+                    "commit": commit(), "runs": read_runs(c),
+                })
+
+
+def read_runs(c):
+    paths = sorted(Path(c.runs).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def chosen_by(run):
+    """The loss on val at the end, mean of the kinds."""
+    return np.mean([curve[-1][0] for curve in run["curves"].values()])
+
+
+def best_rate(runs, mask):
+    """The rate of seed 0 that leaves the least loss."""
+    tried = [run for run in runs if (run["mask"], run["seed"], run["anneal"]) == (mask, 0, 0)]
+    return min(tried, key=chosen_by)["rate"]
+
+
+def commit():
+    """The commit of the code, where it is a git checkout."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True)
+    return found.stdout.decode().strip()
+
+
+# --- what was seen ------------------------------------------------------------------------------
+
+
+def at_best(figures):
+    """{mask: its runs at its best rate, by seed}."""
+    runs = figures["runs"]
+    found = {}
+    for mask in dict.fromkeys(run["mask"] for run in runs):
+        rate = best_rate(runs, mask)
+        of_mask = [r for r in runs if (r["mask"], r["rate"], r["anneal"]) == (mask, rate, 0)]
+        found[mask] = sorted(of_mask, key=lambda run: run["seed"])
+    return found
+
+
+def report(figures):
+    """The tables: the rates that were tried, the end, the way there."""
+    table("Rates, seed 0: loss on the dialogues to tune on, mean of the kinds", [
+        {"mask": run["mask"], "rate": run["rate"], "anneal": run["anneal"],
+         "loss": f"{chosen_by(run):.3f}", "minutes": f"{run['seconds'] / 60:.0f}"}
+        for run in figures["runs"] if run["seed"] == 0
+    ])
+    found = at_best(figures)
+    kinds = {mask: [run["end"] for run in runs] for mask, runs in found.items()}
+    losses = {mask: [{k: end[k][0] for k in end} for end in ends] for mask, ends in kinds.items()}
+    rights = {mask: [{k: end[k][1] for k in end} for end in ends] for mask, ends in kinds.items()}
+    families = {mask: [run["families"] for run in runs] for mask, runs in found.items()}
+    n = min(map(len, found.values()))
+    means = f"means of {n} seeds, 95 % t intervals" if n > 1 else "one seed"
+    table(f"Loss on held-out answers at the end, {means}", rows(losses, decimals))
+    table(f"Whole held-out answers that are right, %, {means}", rows(rights, percent))
+    table(f"The same by family, {means}", rows(families, percent))
+    steps = figures["runs"][0]["steps"]
+    for kind in figures["runs"][0]["curves"]:
+        table(f"{kind}: loss after so many steps, {'mean of the seeds' if n > 1 else 'one seed'}", [
+            {"mask": mask, **{str(step): f"{np.mean(losses):.2f}" for step, losses in
+                              zip(steps, zip(*[curve(run, kind, 0) for run in runs]))}}
+            for mask, runs in found.items()
+        ])
+
+
+def rows(found, told):
+    """A row a group of {mask: [{group: value} a seed]}, and ISM against causal seed by seed."""
+    lines = []
+    for group in dict.fromkeys(name for seeds in found.values() for one in seeds for name in one):
+        values = {mask: [one.get(group) for one in seeds] for mask, seeds in found.items()}
+        line = {"held out": group}
+        for mask, seeds in values.items():
+            line[mask] = told([value for value in seeds if value is not None])
+        if {"ism", "causal"} <= set(values):
+            pairs = zip(values["ism"], values["causal"])
+            line["ism - causal"] = told([a - b for a, b in pairs if None not in (a, b)], "+")
+        lines.append(line)
+    return lines
+
+
+def decimals(values, sign=""):
+    """The mean of losses, with its interval."""
+    mean = f"{np.mean(values):{sign}.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {interval(values):.3f}"
+
+
+def curve(run, kind, which):
+    """One number of each look: the loss (which = 0) or the share of answers that are right (1)."""
+    return [look[which] for look in run["curves"][kind]]
+
+
+def draw(figures, path):
+    """Losses and shares against steps, a column a kind; thin lines are seeds, thick ones means."""
+    kinds = list(figures["runs"][0]["curves"])
+    figure, axes = plt.subplots(2, len(kinds), figsize=(1 + 4 * len(kinds), 6), squeeze=False,
+                                sharex=True, layout="constrained")
+    for mask, runs in at_best(figures).items():
+        for column, kind in zip(axes.T, kinds):
+            for which, axis in enumerate(column):
+                lines = np.array([curve(run, kind, which) for run in runs]) * (1, 100)[which]
+                axis.plot(runs[0]["steps"], lines.T, color=color(mask), alpha=0.3, lw=0.8)
+                axis.plot(runs[0]["steps"], lines.mean(0), color=color(mask), label=mask)
+    for column, kind in zip(axes.T, kinds):
+        column[0].set_title(kind)
+        column[1].set_xlabel("steps of LoRA")
+        for axis in column:
+            axis.grid(alpha=0.2)
+            axis.set_ylim(0)
+    axes[0, 0].set_ylabel("loss on held-out answers")
+    axes[1, 0].set_ylabel("% of held-out answers right")
+    axes[0, -1].legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def main():
+    with machine.errors_in_one_line("see demos/finetune.py --memory"):
+        c = machine.parse(Comparison, "A published model under two masks.")
+        check_writable(c.out)
+        if c.full:
+            Path(c.runs).mkdir(parents=True, exist_ok=True)
+            check_writable(json=c.json)
+            run_all(c)
+        figures = read_figures(Path(c.json), ("command", "commit", "runs"))
+        report(figures)
+        draw(figures, c.out)
+    print(f"\nMade by `{figures['command']}`, commit {figures['commit']},")
+    print(f"on {figures['runs'][0]['cpu']}.\nThe picture: {c.out}")
+
+
+if __name__ == "__main__":
+    main()
