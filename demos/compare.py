@@ -82,6 +82,9 @@ class Comparison:
             if name not in MASKS:
                 there = ", ".join(MASKS)
                 raise ValueError(f"--masks {self.masks}: '{name}' is no mask; there are {there}")
+        if self.full and not Path(self.init_from, "config.json").exists():
+            how = "python demos/real.py makes out/smollm2"
+            raise ValueError(f"--init_from {self.init_from} is no Hugging Face folder; {how}")
         try:
             self.tried = [float(rate) for rate in self.rates.split(",")]
         except ValueError:

@@ -149,14 +149,16 @@ def test_what_is_there_is_not_run_again(made):
         (("--rates", "fast"), "expected numbers"),
         (("--n", "5"), "--n must be at least 20"),
         (("--json", "README.md"), "holds no figures"),
-        (("--full", "--init_from", "no-such", "--json", "x.json"), "no-such"),
-        (("--full", "--gsm8k", "no-such", "--json", "x.json"), "no-such"),
+        (("--full", "--init_from", "no-such"), "python demos/real.py makes"),
+        (("--full", "--gsm8k", "no-such"), "No such file"),
     ],
 )
 def test_errors_are_one_line(flags, words, tmp_path, last_words):
-    runs = "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x.png")
-    flags = [str(tmp_path / flag) if flag == "x.json" else flag for flag in flags]
-    assert words in last_words(compare, *flags, *runs)
+    model = "--init_from", str(make_folder(tmp_path / "model"))
+    paths = "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x.png")
+    if "--full" in flags:
+        paths += "--json", str(tmp_path / "x.json")
+    assert words in last_words(compare, *model, *paths, *flags)
 
 
 def test_the_committed_figures_are_of_the_real_model(tmp_path, capsys, monkeypatch):
