@@ -38,6 +38,8 @@ from data.scores import summary
 from data.words import FOODS, NAMES, Random
 from demos.finetune import Finetune, finetune
 from demos.output import (
+    by_group,
+    check_masks,
     check_writable,
     color,
     interval,
@@ -47,7 +49,6 @@ from demos.output import (
     read_figures,
     table,
 )
-from mask import MASKS
 from train import evaluate
 
 
@@ -78,10 +79,7 @@ class Comparison:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.n < 20:
             raise ValueError(f"--n must be at least 20, not {self.n}")
-        for name in self.masks.split(","):
-            if name not in MASKS:
-                there = ", ".join(MASKS)
-                raise ValueError(f"--masks {self.masks}: '{name}' is no mask; there are {there}")
+        check_masks(self.masks)
         if self.full and not Path(self.init_from, "config.json").exists():
             how = "python demos/real.py makes out/smollm2"
             raise ValueError(f"--init_from {self.init_from} is no Hugging Face folder; {how}")
@@ -310,9 +308,12 @@ def report(figures):
     families = {mask: [run["families"] for run in runs] for mask, runs in found.items()}
     n = min(map(len, found.values()))
     means = f"means of {n} seeds, 95 % t intervals" if n > 1 else "one seed"
-    table(f"Loss on held-out answers at the end, {means}", rows(losses, decimals))
-    table(f"Whole held-out answers that are right, %, {means}", rows(rights, percent))
-    table(f"The same by family, {means}", rows(families, percent))
+    for title, of_masks, told in (
+        ("Loss on held-out answers at the end", losses, decimals),
+        ("Whole held-out answers that are right, %", rights, percent),
+        ("The same by family", families, percent),
+    ):
+        table(f"{title}, {means}", by_group("held out", of_masks, told))
     steps = figures["runs"][0]["steps"]
     for kind in figures["runs"][0]["curves"]:
         table(f"{kind}: loss after so many steps, {'mean of the seeds' if n > 1 else 'one seed'}", [
@@ -320,21 +321,6 @@ def report(figures):
                               zip(steps, zip(*[curve(run, kind, 0) for run in runs]))}}
             for mask, runs in found.items()
         ])
-
-
-def rows(found, told):
-    """A row a group of {mask: [{group: value} a seed]}, and ISM against causal seed by seed."""
-    lines = []
-    for group in dict.fromkeys(name for seeds in found.values() for one in seeds for name in one):
-        values = {mask: [one.get(group) for one in seeds] for mask, seeds in found.items()}
-        line = {"held out": group}
-        for mask, seeds in values.items():
-            line[mask] = told([value for value in seeds if value is not None])
-        if {"ism", "causal"} <= set(values):
-            pairs = zip(values["ism"], values["causal"])
-            line["ism - causal"] = told([a - b for a, b in pairs if None not in (a, b)], "+")
-        lines.append(line)
-    return lines
 
 
 def decimals(values, sign=""):

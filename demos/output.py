@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from mask import MASKS
+
 try:
     import matplotlib
 except ModuleNotFoundError:
@@ -77,6 +80,31 @@ def table(title, rows):
         if i == 0:
             rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
             print("| " + " | ".join(rules) + " |")
+
+
+def by_group(title, found, told):
+    """Rows for `table`, one a group of {name: [{group: value} a seed]}; ISM - causal by seed.
+
+    told: makes a cell of a list of values, as `percent` does.
+    """
+    lines = []
+    for group in dict.fromkeys(key for seeds in found.values() for seed in seeds for key in seed):
+        line = {title: group}
+        for name, seeds in found.items():
+            line[name] = told([seed[group] for seed in seeds if group in seed])
+        if {"ism", "causal"} <= set(found):
+            pairs = zip(found["ism"], found["causal"])
+            both = [a[group] - b[group] for a, b in pairs if group in a and group in b]
+            line["ism - causal"] = told(both, "+")
+        lines.append(line)
+    return lines
+
+
+def check_masks(names):
+    """ValueError if one of the names, with commas between, is no mask."""
+    for name in names.split(","):
+        if name not in MASKS:
+            raise ValueError(f"--masks {names}: '{name}' is no mask; there are {', '.join(MASKS)}")
 
 
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, for 2 to 10 values

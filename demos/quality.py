@@ -29,6 +29,7 @@ from data.checkpoint import load_checkpoint, write_json
 from data.dialogues import generate
 from data.machine import setting
 from demos.output import (
+    by_group,
     check_writable,
     color,
     interval,
@@ -150,19 +151,7 @@ def report(figures):
     """The table: means over seeds with 95 % t intervals; and ISM against causal, seed by seed."""
     runs = by_row(figures)
     found = {row: [shares(record) for record in records] for row, records in runs.items()}
-    groups = dict.fromkeys(group for seeds in found.values() for seed in seeds for group in seed)
-    lines = []
-    for group in groups:
-        line = {"% right": group}
-        for row, seeds in found.items():
-            line[row] = percent([seed[group] for seed in seeds if group in seed])
-        if {"ism", "causal"} <= set(found):
-            both = [
-                (a[group], b[group]) for a, b in zip(found["ism"], found["causal"])
-                if group in a and group in b
-            ]
-            line["ism - causal"] = percent([a - b for a, b in both], "+")
-        lines.append(line)
+    lines = by_group("% right", found, percent)
     n = max(map(len, found.values()))
     table(f"Whole held-out answers that are right: means of {n} seeds, 95 % t intervals", lines)
     table("What it cost", [

@@ -38,7 +38,7 @@ from data import machine
 from data.checkpoint import write_json
 from data.loader import Split
 from data.machine import setting
-from demos.output import check_writable, color, picture, plt, table
+from demos.output import check_masks, check_writable, color, picture, plt, table
 from demos.page import look
 from mask import MASKS
 from model import GPT
@@ -128,10 +128,8 @@ class Race:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         self.every = min(self.every, self.steps)
+        check_masks(self.masks)
         for name in self.masks.split(","):
-            if name not in MASKS:
-                there = ", ".join(MASKS)
-                raise ValueError(f"--masks {self.masks}: '{name}' is no mask; there are {there}")
             check_mask(name, Games(self.task, 2, "of a trial"))
 
     def runners(self):
