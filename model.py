@@ -328,6 +328,7 @@ import functools
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -641,7 +642,9 @@ def one_by_one(model, cache):
     if cache.k.device.type != "cpu":
         return None
     try:
-        trial = Steps(model, Cache(model.config, dtype=cache.k.dtype))
+        # Two tokens are enough to try, so the cache of the trial is no larger.
+        config = replace(model.config, block_size=2)
+        trial = Steps(model, Cache(config, dtype=cache.k.dtype))
         return Steps(model, cache) if trial.agrees() else None
     except (AttributeError, RuntimeError, TypeError):  # a layer of another kind
         return None

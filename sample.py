@@ -261,9 +261,6 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         model, trained_under = hf.from_pretrained(path, block_size, read_as), hf.read_mask(path)
     else:
         model, tokenizer, trained_under = load_trained(path)
-    if mask and mask != trained_under:
-        tell = settings.get("notify", lambda line: None)
-        tell(f"[trained under {trained_under}: to read well under {mask} it has to learn it first]")
     mask = mask or trained_under
     if mask not in MASKS:
         raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
@@ -271,6 +268,9 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     if settings.get("system") is None:
         settings["system"] = tokenizer.default_system
     chat = Chat(stored(model, device, dtype), tokenizer, MASKS[mask], **settings)
+    if mask != trained_under:
+        learn = f"to read well under {mask} it has to learn it first"
+        chat.notify(f"[trained under {trained_under}: {learn}]")
     if device.type == "cpu" and chat.read_one is None:
         chat.notify("[a layer of model.py was changed: answers are written by it alone, slower]")
     return chat
@@ -389,6 +389,20 @@ def show_mask(chat):
         print(f"A column is {len(labels) / columns:.1f} tokens.")
 
 
+def save(chat, path):
+    """Write the conversation to a file, and tell whether it is written."""
+    if not path:
+        print("[not saved: /save FILE needs the name of a file]")
+        return
+    try:
+        write_json(pathlib.Path(path).expanduser(), {"messages": saved(chat)})
+        print(f"[saved to {printable(path)}]")
+    except OSError as error:
+        print(f"[not saved: {printable(path)}: {error.strerror}]")
+    except ValueError as error:
+        print(f"[not saved: {one_line(error)}]")
+
+
 def command(chat, line):
     """Run a command of the terminal; True to leave."""
     name, _, argument = line.partition(" ")
@@ -401,15 +415,7 @@ def command(chat, line):
     elif name == "/mask":
         show_mask(chat)
     elif name == "/save":
-        try:
-            if not argument:
-                raise ValueError("/save FILE needs the name of a file")
-            write_json(pathlib.Path(argument).expanduser(), {"messages": saved(chat)})
-            print(f"[saved to {printable(argument)}]")
-        except OSError as error:
-            print(f"[not saved: {printable(argument)}: {error.strerror}]")
-        except ValueError as error:
-            print(f"[not saved: {one_line(error)}]")
+        save(chat, argument)
     elif name == "/help":
         print(HELP)
     else:

@@ -248,8 +248,10 @@ def begin(s, model=None, splits=None, watch=None):
         machine.check_compiler(device)
         for block in model.blocks:
             block.compile(dynamic=True)
-    run = Run(s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began)
-    run.former = out is not None and not s.resume and (out / "ckpt.pt").exists()
+    run = Run(
+        s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began,
+        former=out is not None and not s.resume and (out / "ckpt.pt").exists(),
+    )
     if watch is None:
         run.watch, run.bar = tell, announce(run)
     return run
