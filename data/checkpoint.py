@@ -169,9 +169,7 @@ def check_archive(path):
 
 def checked(state):
     """What a checkpoint of this version has to hold. ValueError, KeyError, ... if it does not."""
-    # Until token shift was a module, its weights stood in the attention.
-    old, new = ".attention.shares", ".attention.shift.shares"
-    tensors = {name.replace(old, new): x for name, x in state["model"].items()}
+    tensors = state["model"]
     config = untrusted_config(state["config"], len(tensors))
     with torch.device("meta"):  # shapes without memory
         shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}

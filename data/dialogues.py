@@ -179,16 +179,15 @@ ATTRIBUTES = {
 }
 
 
-def joined(person, facts):
-    """A sentence with all that is known of a person."""
-    *others, last = [ATTRIBUTES[key][0].format(facts[key]) for key in facts]
-    return f"{person} {', '.join(others)} and {last}."
+def told_of(person, facts):
+    """A sentence for each thing that is known of a person."""
+    return " ".join(f"{person} {ATTRIBUTES[key][0].format(facts[key])}." for key in facts)
 
 
 def row(person, facts, story):
     """All that a story or a table says about a person."""
     if story:
-        return " ".join(f"{person} {ATTRIBUTES[key][0].format(facts[key])}." for key in facts)
+        return told_of(person, facts)
     return f"{person}: {', '.join(f'{key} {facts[key]}' for key in facts)}."
 
 
@@ -209,7 +208,7 @@ def expansion(rng, words):
         if kind < 0.15:
             query = rng.choice(ask_who).format(facts[i][key])
         elif kind < 0.3:
-            query, answer = f"Tell me all about {people[i]}.", joined(people[i], facts[i])
+            query, answer = f"Tell me all about {people[i]}.", told_of(people[i], facts[i])
         elif kind < 0.4 and turn > 0 and n < len(people):
             query, answer = f"Add this. {row(people[n], facts[n], story)}", f"Added {people[n]}."
             n += 1
