@@ -228,6 +228,9 @@ def begin(s, model=None, splits=None, watch=None):
     state = None
     if s.resume:
         state = checkpoint.load_state(out / "ckpt.pt", config, tokenizer.identity, s)
+        others = "; ".join(checkpoint.other_settings(state, s))
+        if others and RANK == 0:
+            print(machine.one_line(f"goes on with other settings than before: {others}"))
     splits = splits or prepare(s, tokenizer)
     check_mask(s.mask, splits["train"])
     if s.init_from and RANK == 0 and out is not None:
@@ -266,14 +269,11 @@ def model_config(s, vocab_size):
     )
 
 
-SHAPE = ("tokenizer", "n_layer", "n_head", "n_kv_head", "n_embd", "qkv_bias", "qk_norm",
-         "tie_embeddings", "token_shift")
-
-
 def check_shape(s):
     """ValueError if the settings ask for another model than that of --init_from."""
+    shape = {f.name for f in fields(GPTConfig)} - {"block_size"} | {"tokenizer"}
     for f in fields(s):
-        if f.name in SHAPE and getattr(s, f.name) != f.default:
+        if f.name in shape and getattr(s, f.name) != f.default:
             raise ValueError(f"--{f.name} is that of the folder of --init_from; leave it out")
 
 

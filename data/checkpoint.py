@@ -222,14 +222,16 @@ def load_state(path, config, identity, settings):
     if differ:
         what = f"has another model config: {'; '.join(differ)}"
         raise ValueError(f"{path} {what}. --resume needs the same settings")
+    return state
+
+
+def other_settings(state, settings):
+    """What is not as in the run that wrote the checkpoint: ["--seed 1, not 0", ...]."""
     now, of_no_matter = asdict(settings), ("resume", "out_dir", "device", "eval_interval")
-    others = [
+    return [
         f"--{name} {now[name]}, not {was}" for name, was in state["settings"].items()
         if name in now and name not in of_no_matter and now[name] != was
     ]
-    if others and machine.RANK == 0:
-        print(machine.one_line(f"goes on with other settings than before: {'; '.join(others)}"))
-    return state
 
 
 def restore(state, model, optimizer, max_iters, path):

@@ -409,7 +409,9 @@ def two_steps(config, rows, length, rank, checkpointing, dtype, device, there):
     return int(loss_positions(segments, MASKS["ism"](segments)).sum())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_the_arithmetic_of_memory_on_the_cpu(rank, checkpointing, dtype):

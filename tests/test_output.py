@@ -15,7 +15,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", ["masks", "theory", "quality", "speed"])
+ALIKE = [pytest.param(name, marks=pytest.mark.slow) for name in ("theory", "quality", "speed")]
+
+
+@pytest.mark.parametrize("name", ["masks", *ALIKE])
 def test_without_matplotlib_a_demo_says_so_at_once(name):
     command = [sys.executable, "-c", WITHOUT_MATPLOTLIB, f"demos/{name}.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

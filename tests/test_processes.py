@@ -86,7 +86,10 @@ def settings(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(mask="ism", grad_accum=2, checkpointing=True), dict(mask="prefix", batch_size=2)],
+    [
+        dict(mask="ism", grad_accum=2, checkpointing=True),
+        pytest.param(dict(mask="prefix", batch_size=2), marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one(tmp_path, settings, options):
     """The same losses over 20 steps, the same weights and held-out figures.
