@@ -493,10 +493,11 @@ def what_the_pages_say(folder, scheme):
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium here (Debian: apt-get install chromium)")
-def test_in_a_browser(tmp_path, dialogues, monkeypatch):
+@pytest.mark.parametrize("scheme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
+def test_in_a_browser(tmp_path, dialogues, monkeypatch, scheme):
     """Hovers, keys, clicks and typing against loops, with a model and without.
 
-    And the race's part. At a phone's width and a desk's, light and dark.
+    And the race's part. At a phone's width and a desk's.
     """
     monkeypatch.setitem(MASKS, "near", near)
     write_checked(tmp_path / "masks.html", dialogues)  # with a mask of a user's own
@@ -510,10 +511,9 @@ def test_in_a_browser(tmp_path, dialogues, monkeypatch):
         for name in ("masks", "model", "race") for width in (390, 1100)
     ]
     (tmp_path / "frames.html").write_text(FRAMES + "\n".join(frames), encoding="utf-8")
-    for scheme in ("dark", "light"):
-        lines = what_the_pages_say(tmp_path, scheme)
-        good = rf"no error in \d{{3,}} checks at (390|1100) pixels, {scheme}"
-        assert len(lines) == 6 and all(re.fullmatch(good, line) for line in lines), lines
+    lines = what_the_pages_say(tmp_path, scheme)
+    good = rf"no error in \d{{3,}} checks at (390|1100) pixels, {scheme}"
+    assert len(lines) == 6 and all(re.fullmatch(good, line) for line in lines), lines
 
 
 @pytest.mark.parametrize("arguments, words", [

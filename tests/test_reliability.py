@@ -95,12 +95,13 @@ def whole(tmp_path_factory):
 def wait_for(process, condition, seconds=120):
     """Whether the condition came true before the process ended.
 
-    Asks all the time, since a file is being written for a few milliseconds only.
+    Asks every half millisecond, since a file is being written for a few milliseconds only.
     """
     until = time.time() + seconds
     while process.poll() is None and time.time() < until:
         if condition():
             return True
+        time.sleep(0.0005)
     assert process.poll() is not None, "nothing happened"
     return False
 
