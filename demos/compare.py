@@ -247,7 +247,7 @@ def run_all(c):
     """Run what is not there yet, each run a file; at last the file of figures has them all."""
     for seed in range(c.seeds):
         for mask in c.masks.split(","):
-            for rate in c.tried if seed == 0 else [best_rate(read_runs(c), mask)]:
+            for rate in c.tried if seed == 0 else [best_rate(read_runs(c), mask, c.anneal)]:
                 name = f"{mask}-{seed}-{rate:g}" + (f"-anneal-{c.anneal}" if c.anneal else "")
                 path = Path(c.runs, f"{name}.json")
                 if not path.exists():
@@ -268,9 +268,9 @@ def chosen_by(run):
     return np.mean([curve[-1][0] for curve in run["curves"].values()])
 
 
-def best_rate(runs, mask):
+def best_rate(runs, mask, anneal):
     """The rate of seed 0 that leaves the least loss."""
-    tried = [run for run in runs if (run["mask"], run["seed"], run["anneal"]) == (mask, 0, 0)]
+    tried = [r for r in runs if (r["mask"], r["seed"], r["anneal"]) == (mask, 0, anneal)]
     return min(tried, key=chosen_by)["rate"]
 
 
@@ -284,13 +284,13 @@ def commit():
 
 
 def at_best(figures):
-    """{mask: its runs at its best rate, by seed}."""
-    runs = figures["runs"]
+    """{mask, maybe annealed: its runs at its best rate, by seed}."""
     found = {}
-    for mask in dict.fromkeys(run["mask"] for run in runs):
-        rate = best_rate(runs, mask)
-        of_mask = [r for r in runs if (r["mask"], r["rate"], r["anneal"]) == (mask, rate, 0)]
-        found[mask] = sorted(of_mask, key=lambda run: run["seed"])
+    for mask, anneal in dict.fromkeys((run["mask"], run["anneal"]) for run in figures["runs"]):
+        best = mask, anneal, best_rate(figures["runs"], mask, anneal)
+        runs = [r for r in figures["runs"] if (r["mask"], r["anneal"], r["rate"]) == best]
+        name = f"{mask}, annealed" if anneal else mask
+        found[name] = sorted(runs, key=lambda run: run["seed"])
     return found
 
 
@@ -306,8 +306,8 @@ def report(figures):
     losses = {mask: [{k: end[k][0] for k in end} for end in ends] for mask, ends in kinds.items()}
     rights = {mask: [{k: end[k][1] for k in end} for end in ends] for mask, ends in kinds.items()}
     families = {mask: [run["families"] for run in runs] for mask, runs in found.items()}
-    n = min(map(len, found.values()))
-    means = f"means of {n} seeds, 95 % t intervals" if n > 1 else "one seed"
+    n = max(map(len, found.values()))
+    means = f"means of at most {n} seeds, 95 % t intervals" if n > 1 else "one seed"
     for title, of_masks, told in (
         ("Loss on held-out answers at the end", losses, decimals),
         ("Whole held-out answers that are right, %", rights, percent),

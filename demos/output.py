@@ -24,6 +24,7 @@ PICTURES = Path(__file__).resolve().parent / "out"
 COLORS = {
     "causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green",
     "causal, all tokens": "tab:orange", "causal, given twice": "tab:orange",
+    "ism, annealed": "tab:cyan",
 }
 
 
