@@ -161,8 +161,8 @@ def run_one(race, name, seed, tell):
 
     torch.manual_seed(seed)
     model = GPT(model_config(s, VOCABULARY))
-    # Queries start softer than in dialogues: sharp ones come to two steps later under ISM, in two of
-    # five races by step 400 and not in nine of ten.
+    # Queries start softer than in dialogues: with sharp ones ISM comes to two steps by step 400 in
+    # two of five races, with these in nine of ten.
     for block in model.blocks:
         torch.nn.init.ones_(block.attention.q_norm.weight)
     start = time.perf_counter()
