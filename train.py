@@ -232,7 +232,7 @@ def begin(s, model=None, splits=None, watch=None):
         if others and RANK == 0:
             print(machine.one_line(f"goes on with other settings than before: {others}"))
     splits = splits or prepare(s, tokenizer)
-    check_mask(s.mask, splits["train"])
+    check_mask(s.mask, splits["train"], s.answers_only)
     if s.init_from and RANK == 0 and out is not None:
         hf.copy_small_files(s.init_from, out)  # so that out_dir can be moved to another machine
     torch.manual_seed(s.seed)
@@ -290,7 +290,7 @@ def prepare(s, tokenizer):
     return loader.read_splits(folder)
 
 
-def check_mask(name, split):
+def check_mask(name, split, answers_only=True):
     """ValueError for a mask that returns no f, or under which nothing can be trained."""
     try:
         rows = split.rows(MASKS[name])
@@ -299,7 +299,7 @@ def check_mask(name, split):
         check(f, segments.shape)
     except ValueError as error:
         raise ValueError(f"the mask '{name}': {error}") from None
-    if not loss_positions(segments, f).any():
+    if not loss_positions(segments, f, answers_only).any():
         raise ValueError(f"under the mask '{name}' nothing can be trained: before each token of an "
                          "answer stands one that has seen it; let answers see no future (mask.py)")
 

@@ -5,10 +5,14 @@ What they are is no matter of a test.
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from test_chat import run
 
 from demos import speed
+from model import GPT, GPTConfig
+from train import Settings, train
 
 
 def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
@@ -27,6 +31,19 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
     assert all(s > 0 for seconds in turns for s in seconds)
     for name in figures:
         assert name in done.stdout
+
+
+def test_pieces_of_text_train_with_a_loss_on_all_tokens():
+    pieces = speed.Pieces(np.arange(200) % 20, n=8, length=16)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(20, 16, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_hidden=32))
+    losses = []
+    s = Settings(mask="causal", answers_only=False, batch_size=2, block_size=16, max_iters=4,
+                 device="cpu", dtype="float32")
+    watch = lambda run, loss: losses.append((float(loss), run.seen))  # noqa: E731
+    train(s, model, {"train": pieces, "test": speed.Some(pieces, 1)}, watch)
+    assert [seen for _, seen in losses] == [0, 32, 64, 96]  # counted when the next step begins
+    assert losses[-1][0] < losses[0][0]
 
 
 @pytest.mark.parametrize(
