@@ -423,8 +423,8 @@ FAMILIES = {
     "expansion": (5, expansion),
     "refinement": (4, refinement),
     "follow-up": (3, follow_up),
-    "reasoning": (1, reasoning),
-    "induction": (1, induction),
+    "reasoning": (2, reasoning),
+    "induction": (2, induction),
     "small talk": (1, small_talk),
 }
 SPLITS = ("train", "val", "test", "new_words", "final_words")
