@@ -143,23 +143,25 @@ def tell(rng, facts, blanks, first):
 def recollection(rng, words):
     blanks = values(rng, words)
     untold, told = rng.sample(FACTS, len(FACTS)), []
+    if rng.random() < 0.3:
+        # Who tells or asks one thing mostly begins with the name.
+        untold.remove(FACTS[0])
+        untold.insert(0, FACTS[0])
     n_turns = rng.randint(3, 8)
     sums = follow_up(rng, words, n_turns)
     for turn in range(n_turns):
         kind = rng.random()
         if turn == 0 and kind < 0.2:
             yield talk.known(rng)
-        elif turn == 0 and kind < 0.25:
-            yield rng.choice(untold[0][2] + NEVER_TOLD).format(**blanks), "You have not told me."
+        elif untold and kind > 0.82:
+            questions = NEVER_TOLD if rng.random() < 0.3 else untold[0][2]
+            yield rng.choice(questions).format(**blanks), "You have not told me."
         elif not told or (kind < 0.2 and untold):
-            n = min(len(untold), rng.choice((1, 2) if told else (1, 2, 2, 3)))
+            n = min(len(untold), rng.choice((1, 2) if told else (1, 1, 2, 3)))
             yield tell(rng, untold[:n], blanks, first=not told)
             told, untold = told + untold[:n], untold[n:]
         elif turn < n_turns - 1 and kind < 0.45:
             yield talk.known(rng) if rng.random() < 0.6 else next(sums)
-        elif untold and kind > 0.92:
-            questions = rng.choice((untold[0][2], NEVER_TOLD))
-            yield rng.choice(questions).format(**blanks), "You have not told me."
         else:
             answer, _, questions = rng.choice(told)
             yield rng.choice(questions).format(**blanks), answer.format(**blanks)
