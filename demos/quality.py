@@ -186,7 +186,9 @@ def main():
         path = Path(study.json)
         check_writable(study.out)
         figures = {"command": "", "cpu": "", "runs": []}
-        if not study.quick and (path.exists() or not study.full):
+        # A run that was stopped before its first figures has left an empty file.
+        empty = not path.exists() or path.stat().st_size == 0
+        if not study.quick and not (study.full and empty):
             figures = read_figures(path, ("command", "cpu", "runs"))
         if study.full or study.quick:
             check_writable(json=study.json)

@@ -91,6 +91,14 @@ def test_errors_are_one_line(flags, words, last_words):
     assert words in last_words(quality, *flags)
 
 
+def test_a_study_stopped_before_its_first_figures_begins_again(tmp_path, last_words):
+    """The file is empty then. That the study has begun shows in that its run cannot write."""
+    figures = tmp_path / "quality.json"
+    figures.touch()
+    flags = "--json", str(figures), "--out", str(tmp_path / "x.png"), "--runs", "/dev/null/runs"
+    assert "the run in /dev/null/runs/causal-0 has stopped" in last_words(quality, "--full", *flags)
+
+
 def test_the_committed_figures_are_of_whole_runs():
     """What the README tells: three seeds at least of ISM and causal, with the default settings."""
     figures = json.loads((ROOT / "demos" / "quality.json").read_text(encoding="utf-8"))
