@@ -368,8 +368,8 @@ def main():
         figures = read_figures(Path(c.json), ("command", "commit", "runs"))
         report(figures)
         draw(figures, c.out)
-    print(f"\nMade by `{figures['command']}`, commit {figures['commit']},")
-    print(f"on {figures['runs'][0]['cpu']}.\nThe picture: {c.out}")
+        print(f"\nMade by `{figures['command']}`, commit {figures['commit']},")
+        print(f"on {figures['runs'][0]['cpu']}.\nThe picture: {c.out}")
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ def main():
         draw_properties(figures, properties)
         if s.json:
             write_json(s.json, figures)
-    print(f"\nThe pictures: {out} and {properties}")
+        print(f"\nThe pictures: {out} and {properties}")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,11 @@ def by_group(title, found, told):
         line = {title: group}
         for name, seeds in found.items():
             line[name] = told([seed[group] for seed in seeds if group in seed])
-        if {"ism", "causal"} <= set(found):
-            pairs = zip(found["ism"], found["causal"])
-            both = [a[group] - b[group] for a, b in pairs if group in a and group in b]
-            line["ism - causal"] = told(both, "+")
+        for name, seeds in found.items():
+            if name.startswith("ism") and "causal" in found:
+                pairs = zip(seeds, found["causal"])
+                both = [a[group] - b[group] for a, b in pairs if group in a and group in b]
+                line[f"{name} - causal"] = told(both, "+")
         lines.append(line)
     return lines
 

@@ -197,7 +197,7 @@ def main():
             run_all(study, figures)
         report(figures)
         draw(figures, study.out)
-    print(f"\nMade by `{figures['command']}` on {figures['cpu']}.\nThe picture: {study.out}")
+        print(f"\nMade by `{figures['command']}` on {figures['cpu']}.\nThe picture: {study.out}")
 
 
 if __name__ == "__main__":

@@ -363,7 +363,7 @@ def main():
         draw(race, records)
         if race.json:
             write_json(race.json, {"race": vars(race), "records": records})
-    print(f"\nThe picture: {race.out}")
+        print(f"\nThe picture: {race.out}")
 
 
 if __name__ == "__main__":

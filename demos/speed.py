@@ -471,7 +471,7 @@ def main():
         draw(figures["first token by turn"], a.out)
         if a.json:
             write_json(a.json, figures)
-    print(f"The picture: {a.out}")
+        print(f"The picture: {a.out}")
 
 
 if __name__ == "__main__":

@@ -715,7 +715,7 @@ def main():
         plot(figures, s.out)
         if s.json:
             write_json(s.json, figures)
-    print(f"\n{figures['seconds']} s. The picture: {s.out}")
+        print(f"\n{figures['seconds']} s. The picture: {s.out}")
 
 
 if __name__ == "__main__":
