@@ -6,6 +6,7 @@ What a model does with what nobody trained it on, and no setting was chosen on.
 2. The questions in data/unseen_questions.txt, each in a chat of its own: general knowledge, code,
    other languages, typing errors and so on. How many answers end by themselves, and how many say
    that this was not taught.
+3. What people say first: their name, in each wording, or a question for what they have not told.
 
     python demos/unseen.py [--ckpt out/ckpt.pt] [--show]
 """
@@ -17,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
-from data.dialogues import PATTERNS, generate
+from data.dialogues import FACTS, PATTERNS, capital, generate
 from data.talk import UNKNOWN
 from data.words import FINAL_CITIES, FINAL_NAMES
 from sample import load_chat
@@ -64,6 +65,25 @@ def answers(chat, questions):
     return found
 
 
+def first_words(small):
+    """{what is said first: [(query, answer)]}, as it is written or in small letters without stops.
+
+    The names are FINAL_NAMES.
+    """
+    your_name, told, _ = FACTS[0]
+    names = []
+    for name in FINAL_NAMES[:10]:
+        name = name.lower() if small else name
+        for way in told:
+            query = way.format(name=name)
+            query = query.lower() if small else f"{capital(query)}."
+            names.append((query, f"Noted. {your_name.format(name=name)}"))
+    questions = [text for _, _, asked in FACTS for text in asked if "{" not in text]
+    untold = [(text.lower().rstrip("?.") if small else text, "You have not told me.")
+              for text in questions]
+    return {"a name": names, "a question for what was not told": untold}
+
+
 def main():
     parser = machine.Parser("A model on names and questions new to it.")
     parser.add_argument("--ckpt", default="out/ckpt.pt", help="a checkpoint of train.py")
@@ -88,6 +108,13 @@ def measure(chat, show):
     ending = f"{ends} of {len(found)} answers end within {LONGEST} tokens"
     saying = f"{told} say that this was not taught"
     print(f"Questions that nobody trained it on: {ending}, {saying}")
+    print("Said first of all, each in a chat of its own, answered right")
+    for small in (False, True):
+        for title, turns in first_words(small).items():
+            found = answers(chat, [query for query, _ in turns])
+            right = [said == answer for (_, said, _), (_, answer) in zip(found, turns)].count(True)
+            how = ", in small letters" if small else ""
+            print(f"  {title + how:52} {right / len(turns):6.1%} of {len(turns)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from test_chat import TOKENIZER, make_chat
 
 from data.dialogues import generate
 from data.words import FINAL_CITIES, FINAL_NAMES
-from demos.unseen import answers, main, new_names, scored
+from demos.unseen import answers, first_words, main, new_names, scored
 
 
 @pytest.fixture
@@ -54,6 +54,18 @@ def test_answers_that_do_not_end_are_told(chat):
     ((question, answer, ended),) = answers(chat, ["Who are you?"])
     assert question == "Who are you?" and answer == chat.messages[-1]["content"]
     assert ended == (len(chat.turns[0][1]) <= 40)
+
+
+def test_what_is_said_first_is_said_and_answered_as_in_training():
+    taught = {}
+    for dialogue in generate("final_words", 6000, families=("recollection",)):
+        query, answer = [m["content"] for m in dialogue["messages"] if m["role"] != "system"][:2]
+        taught[query] = answer
+    for small in (False, True):
+        for turns in first_words(small).values():
+            common = [(taught[query], answer) for query, answer in turns if query in taught]
+            assert len(common) >= 5 and all(a == b for a, b in common)
+            assert not small or all(query == query.lower() for query, _ in turns)
 
 
 def test_a_missing_checkpoint_is_one_line(monkeypatch):
