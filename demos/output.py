@@ -39,14 +39,17 @@ def picture(name):
 
 
 def check_writable(*paths, json=""):
-    """Make the folders of the files and open the files, before the work. Ends the program if not.
+    """Make the folders of the files and try the files, before the work. Ends the program if not.
 
     json: one more file, that of the figures, where it was asked for.
     """
     for path in map(Path, (*paths, json) if json else paths):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            new = not (path.exists() or path.is_symlink())
             open(path, "a").close()
+            if new:  # a program that is stopped leaves no empty file
+                path.unlink()
         except OSError as error:
             sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path}: {error.strerror}")
 

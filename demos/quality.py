@@ -186,9 +186,7 @@ def main():
         path = Path(study.json)
         check_writable(study.out)
         figures = {"command": "", "cpu": "", "runs": []}
-        # A run that was stopped before its first figures has left an empty file.
-        empty = not path.exists() or path.stat().st_size == 0
-        if not study.quick and not (study.full and empty):
+        if not study.quick and (path.exists() or not study.full):
             figures = read_figures(path, ("command", "cpu", "runs"))
         if study.full or study.quick:
             check_writable(json=study.json)

@@ -92,11 +92,12 @@ def test_errors_are_one_line(flags, words, last_words):
 
 
 def test_a_study_stopped_before_its_first_figures_begins_again(tmp_path, last_words):
-    """The file is empty then. That the study has begun shows in that its run cannot write."""
-    figures = tmp_path / "quality.json"
-    figures.touch()
-    flags = "--json", str(figures), "--out", str(tmp_path / "x.png"), "--runs", "/dev/null/runs"
-    assert "the run in /dev/null/runs/causal-0 has stopped" in last_words(quality, "--full", *flags)
+    """It leaves no file of its own. That it has begun shows in that its run cannot write."""
+    figures, drawn = tmp_path / "quality.json", tmp_path / "x.png"
+    flags = "--full", "--json", str(figures), "--out", str(drawn), "--runs", "/dev/null/runs"
+    for _ in range(2):
+        assert "the run in /dev/null/runs/causal-0 has stopped" in last_words(quality, *flags)
+        assert not figures.exists() and not drawn.exists()
 
 
 def test_the_committed_figures_are_of_whole_runs():
