@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
-from data.dialogues import FACTS, PATTERNS, capital, generate
+from data.dialogues import FACTS, PATTERNS, capital, generate, typed
 from data.talk import UNKNOWN
 from data.words import FINAL_CITIES, FINAL_NAMES
 from sample import load_chat
@@ -71,17 +71,15 @@ def first_words(small):
     The names are FINAL_NAMES.
     """
     your_name, told, _ = FACTS[0]
-    names = []
-    for name in FINAL_NAMES[:10]:
-        name = name.lower() if small else name
-        for way in told:
-            query = way.format(name=name)
-            query = query.lower() if small else f"{capital(query)}."
-            names.append((query, f"Noted. {your_name.format(name=name)}"))
-    questions = [text for _, _, asked in FACTS for text in asked if "{" not in text]
-    untold = [(text.lower().rstrip("?.") if small else text, "You have not told me.")
-              for text in questions]
-    return {"a name": names, "a question for what was not told": untold}
+    names = [name.lower() if small else name for name in FINAL_NAMES[:10]]
+    named = [(f"{capital(way.format(name=name))}.", f"Noted. {your_name.format(name=name)}")
+             for name in names for way in told]
+    untold = [(question, "You have not told me.")
+              for _, _, asked in FACTS for question in asked if "{" not in question]
+    found = {"a name": named, "a question for what was not told": untold}
+    lower = "all" if small else ""
+    return {title: [(typed(None, query, lower, False, ()), answer) for query, answer in turns]
+            for title, turns in found.items()}
 
 
 def main():
