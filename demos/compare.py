@@ -65,7 +65,7 @@ class Comparison:
     steps: int = setting(120, "training steps")
     every: int = setting(20, "steps between two looks")
     batch_size: int = setting(2, "a step holds 256 * batch_size tokens, in whole dialogues")
-    rank: int = setting(16, "of LoRA")
+    rank: int = setting(16, "of LoRA; 0 trains all weights")
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
     dtype: str = setting("auto", "to compute in, see train.py", machine.DTYPES)
     n: int = setting(400, "dialogues of each kind to train on; a tenth to test on")
@@ -74,11 +74,13 @@ class Comparison:
     out: str = setting(picture("real"), "the picture")
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "every", "batch_size", "rank"):
+        for name in ("seeds", "steps", "every", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.n < 20:
-            raise ValueError(f"--n must be at least 20, not {self.n}")
+        if self.rank < 0:
+            raise ValueError(f"--rank must be at least 0, not {self.rank}")
+        if self.n < 40:
+            raise ValueError(f"--n must be at least 40, not {self.n}")
         check_masks(self.masks)
         if self.full and not Path(self.init_from, "config.json").exists():
             how = "python demos/real.py makes out/smollm2"
@@ -204,9 +206,10 @@ def splits(c, seed, folder):
 def run_one(c, mask, seed, rate):
     """Fine-tune under a mask -> its record: curves on val, and the end on test, by kind."""
     print(f"{mask}, seed {seed}, rate {rate:g}", flush=True)
+    rank = max(c.rank, 1)  # read with LoRA alone
     s = Finetune(
-        init_from=c.init_from, mask=mask, seed=seed, learning_rate=rate, rank=c.rank,
-        alpha=2.0 * c.rank, max_iters=c.steps, batch_size=c.batch_size, block_size=256,
+        init_from=c.init_from, mask=mask, seed=seed, learning_rate=rate, lora=c.rank > 0,
+        rank=rank, alpha=2.0 * rank, max_iters=c.steps, batch_size=c.batch_size, block_size=256,
         warmup_iters=c.steps // 12, anneal=c.anneal, eval_interval=c.steps, dtype=c.dtype,
     )
     record = {
@@ -247,9 +250,10 @@ def run_all(c):
     """Run what is not there yet, each run a file; at last the file of figures has them all."""
     for seed in range(c.seeds):
         for mask in c.masks.split(","):
-            for rate in c.tried if seed == 0 else [best_rate(read_runs(c), mask, c.anneal)]:
-                name = f"{mask}-{seed}-{rate:g}" + (f"-anneal-{c.anneal}" if c.anneal else "")
-                path = Path(c.runs, f"{name}.json")
+            name = spoken(mask, c.anneal, c.rank)
+            for rate in c.tried if seed == 0 else [best_rate(read_runs(c), name)]:
+                file = f"{mask}-{seed}-{rate:g}-anneal-{c.anneal}-rank-{c.rank}.json"
+                path = Path(c.runs, file)
                 if not path.exists():
                     write_json(path, run_one(c, mask, seed, rate))
                 write_json(c.json, {
@@ -268,9 +272,23 @@ def chosen_by(run):
     return np.mean([curve[-1][0] for curve in run["curves"].values()])
 
 
-def best_rate(runs, mask, anneal):
+def spoken(mask, anneal, rank):
+    """What tables call runs of this kind."""
+    parts = [mask]
+    if anneal:
+        parts.append("annealed")
+    if rank != 16:
+        parts.append(f"rank {rank}" if rank else "all weights")
+    return ", ".join(parts)
+
+
+def kind_of(run):
+    return spoken(run["mask"], run["anneal"], run["rank"])
+
+
+def best_rate(runs, kind):
     """The rate of seed 0 that leaves the least loss."""
-    tried = [r for r in runs if (r["mask"], r["seed"], r["anneal"]) == (mask, 0, anneal)]
+    tried = [run for run in runs if run["seed"] == 0 and kind_of(run) == kind]
     return min(tried, key=chosen_by)["rate"]
 
 
@@ -284,20 +302,19 @@ def commit():
 
 
 def at_best(figures):
-    """{mask, maybe annealed: its runs at its best rate, by seed}."""
+    """{what tables call a kind of run: its runs at its best rate, by seed}."""
     found = {}
-    for mask, anneal in dict.fromkeys((run["mask"], run["anneal"]) for run in figures["runs"]):
-        best = mask, anneal, best_rate(figures["runs"], mask, anneal)
-        runs = [r for r in figures["runs"] if (r["mask"], r["anneal"], r["rate"]) == best]
-        name = f"{mask}, annealed" if anneal else mask
-        found[name] = sorted(runs, key=lambda run: run["seed"])
+    for kind in dict.fromkeys(map(kind_of, figures["runs"])):
+        best = kind, best_rate(figures["runs"], kind)
+        runs = [run for run in figures["runs"] if (kind_of(run), run["rate"]) == best]
+        found[kind] = sorted(runs, key=lambda run: run["seed"])
     return found
 
 
 def report(figures):
     """The tables: the rates that were tried, the end, the way there."""
     table("Rates, seed 0: loss on the dialogues to tune on, mean of the kinds", [
-        {"mask": run["mask"], "rate": run["rate"], "anneal": run["anneal"],
+        {"run": kind_of(run), "rate": run["rate"],
          "loss": f"{chosen_by(run):.3f}", "minutes": f"{run['seconds'] / 60:.0f}"}
         for run in figures["runs"] if run["seed"] == 0
     ])
