@@ -298,6 +298,7 @@ def run(*arguments, timeout=300, **options):
     [
         ((sample_module, "--ckpt", "no-such.pt"), "python train.py"),
         ((sample_module, "--ckpt", "README.md"), "not a checkpoint"),
+        ((sample_module, "--ckpt", "demos"), "neither the ckpt.pt"),
         ((sample_module, "--temperature", "-1"), "--temperature must be from 0 on"),
         ((sample_module, "--nonsense"), "unrecognized"),
         ((train_module, "--mask", "foo"), "'causal', 'prefix', 'ism'"),
