@@ -167,6 +167,7 @@ def evaluate(run, split):
 
 
 # ==== below this line: how a run starts and ends, its files, rates, processes, optimizer ====
+import inspect
 import pathlib
 import shlex
 import time
@@ -500,7 +501,7 @@ class Muon(torch.optim.AdamW):
                         alike.setdefault(p.shape, []).append(p)
                 for matrices in alike.values():
                     self.step_together(matrices, group["lr"], group["weight_decay"])
-        super().step()
+        inspect.unwrap(torch.optim.AdamW.step)(self)
 
     def step_together(self, matrices, rate, weight_decay):
         """A step of matrices of one shape. Their gradients go, so that AdamW leaves them alone."""
@@ -518,6 +519,10 @@ class Muon(torch.optim.AdamW):
         for p, push in zip(matrices, equalize(torch.stack(pushes))):
             p.mul_(1 - rate * weight_decay).sub_(push, alpha=size)
 
+
+# What torch wraps around these, and around step, imports its compiler: 2.2 s of each start.
+for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+    setattr(Muon, name, inspect.unwrap(getattr(torch.optim.AdamW, name)))
 
 # Polynomials a s + b s^3 + c s^5 of a singular value s, each the best one for what those before
 # it leave (Amsel et al., 2025, arXiv:2505.16932). Three of them left the held-out loss after 300

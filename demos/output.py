@@ -91,16 +91,16 @@ def by_group(title, found, told):
 
     told: makes a cell of a list of values, as `percent` does.
     """
-    lines = []
+    lines, causal = [], next((name for name in found if name.startswith("causal")), None)
     for group in dict.fromkeys(key for seeds in found.values() for seed in seeds for key in seed):
         line = {title: group}
         for name, seeds in found.items():
             line[name] = told([seed[group] for seed in seeds if group in seed])
         for name, seeds in found.items():
-            if name.startswith("ism") and "causal" in found:
-                pairs = zip(seeds, found["causal"])
+            if name.startswith("ism") and causal:
+                pairs = zip(seeds, found[causal])
                 both = [a[group] - b[group] for a, b in pairs if group in a and group in b]
-                line[f"{name} - causal"] = told(both, "+")
+                line[f"{name} - {causal}"] = told(both, "+")
         lines.append(line)
     return lines
 

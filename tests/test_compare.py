@@ -126,7 +126,8 @@ def test_each_mask_runs_at_its_best_rate(made):
         assert learned["rate"] == 1e-3
     assert len(figures["runs"]) == 6
     assert (folder / "real.png").read_bytes().startswith(b"\x89PNG")
-    assert "ism - causal" in said and "| question last" in said and "gsm8k: loss after" in said
+    assert "ism, rank 2 - causal, rank 2" in said
+    assert "| question last" in said and "gsm8k: loss after" in said
 
 
 def test_what_is_there_is_not_run_again(made):

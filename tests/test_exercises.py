@@ -135,6 +135,7 @@ def verdicts(done):
     return [line.split()[-1] for line in done.stdout.splitlines() if line[:1].isdigit()]
 
 
+@pytest.mark.slow
 def test_from_the_empty_file_to_six_right_answers(tree):
     answers = tree / "demos" / "answers.py"
     first = run(tree)

@@ -493,7 +493,8 @@ def what_the_pages_say(folder, scheme):
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium here (Debian: apt-get install chromium)")
-@pytest.mark.parametrize("scheme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_in_a_browser(tmp_path, dialogues, monkeypatch, scheme):
     """Hovers, keys, clicks and typing against loops, with a model and without.
 

