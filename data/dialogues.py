@@ -207,11 +207,15 @@ def expansion(rng, words):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
         telling, ask, ask_who = ATTRIBUTES[key]
         answer = f"{people[i]} {telling.format(facts[i][key])}."
-        if kind < 0.15:
+        if kind < 0.2:
+            # The person comes last in the answer: one looks for a name from what is known of it.
             query = rng.choice(ask_who).format(facts[i][key])
-        elif kind < 0.3:
-            query, answer = f"Tell me all about {people[i]}.", told_of(people[i], facts[i])
-        elif kind < 0.4 and turn > 0 and n < len(people):
+            answer = f"The one who {telling.format(facts[i][key])} is {people[i]}."
+        elif kind < 0.35:
+            # In one order, however it was told: so the model need not find its place in the story.
+            known = {key: facts[i][key] for key in ATTRIBUTES if key in facts[i]}
+            query, answer = f"Tell me all about {people[i]}.", told_of(people[i], known)
+        elif kind < 0.45 and turn > 0 and n < len(people):
             query, answer = f"Add this. {row(people[n], facts[n], story)}", f"Added {people[n]}."
             n += 1
         else:
@@ -264,10 +268,10 @@ def edit(rng, way, items, pool):
 
 def refinement(rng, words):
     numbers = rng.random() < 0.5
-    pool = list(range(1, 10)) if numbers else rng.choice((FOODS, PETS, COLORS))
+    pool = list(range(1, 10)) if numbers else rng.choice((FOODS, PETS, COLORS, LETTERS))
     items = rng.sample(pool, rng.randint(3, 6))
     some = "Here are some numbers" if numbers else "Here are some words"
-    start = f"{rng.choice(('Take this list', 'Here is a list', some))}: {listed(items)}."
+    start = f"{rng.choice(('Take this list', 'Here is a list', 'List', some))}: {listed(items)}."
     if rng.random() < 0.2:
         yield start, f"Here it is: {listed(items)}."
         start = ""
@@ -320,7 +324,7 @@ def reckon(rng, way, value):
 
 def new_sum(rng):
     """A sum that does not build on the last answer: (how one asks for it, the answer, the sum)."""
-    a, b = rng.randint(1, 60), rng.randint(1, 9)
+    a, b = rng.randint(1, rng.choice((20, 60, 200))), rng.randint(1, 9)
     if rng.random() < 0.7 or a < b:
         ask = rng.choice((f"What is {a} plus {b}?", f"{a} + {b}", f"What is {a} + {b}?",
                           f"{a} plus {b}", f"{a}+{b}"))

@@ -193,7 +193,10 @@ def test_expansion_answers_stand_in_a_sentence_that_was_told():
             if m["role"] != "assistant" or "Added" in m["content"]:
                 continue
             for said in m["content"][:-1].split(". "):
-                person, *_, value = said.removesuffix(" years old").split()
+                words = said.replace(" years old", "").split()
+                person, value = words[0], words[-1]
+                if said.startswith("The one who "):
+                    person, value = words[-1], words[-3]
                 assert any(person in sentence and value in sentence for sentence in told)
 
 
