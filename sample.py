@@ -431,6 +431,8 @@ def answer(chat, text):
     def stop():
         chat.stop = True
 
+    notes = []
+    chat.notify = notes.append  # they are told behind the answer and not amid it
     try:
         with machine.on_interrupt(stop):
             for piece in chat.stream(text):
@@ -442,6 +444,8 @@ def answer(chat, text):
         if not machine.out_of_memory(error):
             raise
         print(f"[out of memory; {MEMORY}]")
+    for note in notes:
+        print(note)
 
 
 TRAINED = pathlib.Path("out/ckpt.pt")
@@ -500,16 +504,11 @@ def main():
         chat = load_chat(
             ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system,
             temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
-            max_new_tokens=a.max_new_tokens, notify=tell,
+            max_new_tokens=a.max_new_tokens, notify=print,
         )
         if a.history:
             go_on(chat, read_history(a.history))
         talk(chat, a.prompt, ckpt)
-
-
-def tell(line):
-    """Print a line about the chat; it may come amid an answer."""
-    print(f"\n{line}", flush=True)
 
 
 def talk(chat, prompts, path=TRAINED):
