@@ -254,10 +254,10 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         path /= "ckpt.pt"  # the folder of a run of train.py
     if dtype in PACKED and dtype != "bfloat16" and device.type != "cpu":
         raise ValueError(f"--dtype {dtype} is for the CPU; {device.type} has float32 and bfloat16")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ValueError(f"{path} holds neither the ckpt.pt of train.py nor the config.json of a "
-                         "published model; train one with: python train.py")
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path} holds neither the ckpt.pt of train.py nor the config.json of "
+                             "a published model; train one with: python train.py")
         tokenizer = hf.load_tokenizer(path)
         block_size = block_size or min(4096, hf.read_config(path).block_size)
         read_as = torch.float32 if dtype == "float32" else torch.bfloat16

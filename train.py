@@ -490,6 +490,13 @@ class Muon(torch.optim.AdamW):
     four patterns were right, with AdamW 3 %, each at its best rate so far.
     """
 
+    # Without what torch wraps around them: that imports its compiler, 2.2 s of each start.
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -501,7 +508,7 @@ class Muon(torch.optim.AdamW):
                         alike.setdefault(p.shape, []).append(p)
                 for matrices in alike.values():
                     self.step_together(matrices, group["lr"], group["weight_decay"])
-        inspect.unwrap(torch.optim.AdamW.step)(self)
+        self.adamw_step()
 
     def step_together(self, matrices, rate, weight_decay):
         """A step of matrices of one shape. Their gradients go, so that AdamW leaves them alone."""
@@ -519,10 +526,6 @@ class Muon(torch.optim.AdamW):
         for p, push in zip(matrices, equalize(torch.stack(pushes))):
             p.mul_(1 - rate * weight_decay).sub_(push, alpha=size)
 
-
-# What torch wraps around these, and around step, imports its compiler: 2.2 s of each start.
-for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-    setattr(Muon, name, inspect.unwrap(getattr(torch.optim.AdamW, name)))
 
 # Polynomials a s + b s^3 + c s^5 of a singular value s, each the best one for what those before
 # it leave (Amsel et al., 2025, arXiv:2505.16932). Three of them left the held-out loss after 300

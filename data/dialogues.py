@@ -206,11 +206,12 @@ def expansion(rng, words):
     for turn in range(rng.randint(3, 6)):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
         telling, ask, ask_who = ATTRIBUTES[key]
-        answer = f"{people[i]} {telling.format(facts[i][key])}."
+        said = telling.format(facts[i][key])
+        answer = f"{people[i]} {said}."
         if kind < 0.2:
             # The person comes last in the answer: one looks for a name from what is known of it.
             query = rng.choice(ask_who).format(facts[i][key])
-            answer = f"The one who {telling.format(facts[i][key])} is {people[i]}."
+            answer = f"The one who {said} is {people[i]}."
         elif kind < 0.35:
             # In one order, however it was told: so the model need not find its place in the story.
             known = {key: facts[i][key] for key in ATTRIBUTES if key in facts[i]}

@@ -74,13 +74,10 @@ class Comparison:
     out: str = setting(picture("real"), "the picture")
 
     def __post_init__(self):
-        for name in ("seeds", "steps", "every", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.rank < 0:
-            raise ValueError(f"--rank must be at least 0, not {self.rank}")
-        if self.n < 40:
-            raise ValueError(f"--n must be at least 40, not {self.n}")
+        smallest = {"seeds": 1, "steps": 1, "every": 1, "batch_size": 1, "rank": 0, "n": 40}
+        for name, least in smallest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         check_masks(self.masks)
         if self.full and not Path(self.init_from, "config.json").exists():
             how = "python demos/real.py makes out/smollm2"
@@ -250,7 +247,7 @@ def run_all(c):
     """Run what is not there yet, each run a file; at last the file of figures has them all."""
     for seed in range(c.seeds):
         for mask in c.masks.split(","):
-            name = spoken(mask, c.anneal, c.rank)
+            name = named({"mask": mask, "anneal": c.anneal, "rank": c.rank})
             for rate in c.tried if seed == 0 else [best_rate(read_runs(c), name)]:
                 file = f"{mask}-{seed}-{rate:g}-anneal-{c.anneal}-rank-{c.rank}.json"
                 path = Path(c.runs, file)
@@ -272,23 +269,19 @@ def chosen_by(run):
     return np.mean([curve[-1][0] for curve in run["curves"].values()])
 
 
-def spoken(mask, anneal, rank):
-    """What tables call runs of this kind."""
-    parts = [mask]
-    if anneal:
+def named(run):
+    """What tables call a run and those that differ from it in the seed and the rate alone."""
+    parts = [run["mask"]]
+    if run["anneal"]:
         parts.append("annealed")
-    if rank != 16:
-        parts.append(f"rank {rank}" if rank else "all weights")
+    if run["rank"] != Comparison.rank:
+        parts.append(f"rank {run['rank']}" if run["rank"] else "all weights")
     return ", ".join(parts)
 
 
-def kind_of(run):
-    return spoken(run["mask"], run["anneal"], run["rank"])
-
-
-def best_rate(runs, kind):
+def best_rate(runs, name):
     """The rate of seed 0 that leaves the least loss."""
-    tried = [run for run in runs if run["seed"] == 0 and kind_of(run) == kind]
+    tried = [run for run in runs if run["seed"] == 0 and named(run) == name]
     return min(tried, key=chosen_by)["rate"]
 
 
@@ -302,19 +295,19 @@ def commit():
 
 
 def at_best(figures):
-    """{what tables call a kind of run: its runs at its best rate, by seed}."""
+    """{what tables call them: the runs of that name at its best rate, by seed}."""
     found = {}
-    for kind in dict.fromkeys(map(kind_of, figures["runs"])):
-        best = kind, best_rate(figures["runs"], kind)
-        runs = [run for run in figures["runs"] if (kind_of(run), run["rate"]) == best]
-        found[kind] = sorted(runs, key=lambda run: run["seed"])
+    for name in dict.fromkeys(map(named, figures["runs"])):
+        best = name, best_rate(figures["runs"], name)
+        runs = [run for run in figures["runs"] if (named(run), run["rate"]) == best]
+        found[name] = sorted(runs, key=lambda run: run["seed"])
     return found
 
 
 def report(figures):
     """The tables: the rates that were tried, the end, the way there."""
     table("Rates, seed 0: loss on the dialogues to tune on, mean of the kinds", [
-        {"run": kind_of(run), "rate": run["rate"],
+        {"run": named(run), "rate": run["rate"],
          "loss": f"{chosen_by(run):.3f}", "minutes": f"{run['seconds'] / 60:.0f}"}
         for run in figures["runs"] if run["seed"] == 0
     ])

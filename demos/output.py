@@ -91,7 +91,8 @@ def by_group(title, found, told):
 
     told: makes a cell of a list of values, as `percent` does.
     """
-    lines, causal = [], next((name for name in found if name.startswith("causal")), None)
+    lines = []
+    causal = next((name for name in found if name.startswith("causal")), None)
     for group in dict.fromkeys(key for seeds in found.values() for seed in seeds for key in seed):
         line = {title: group}
         for name, seeds in found.items():
