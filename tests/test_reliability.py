@@ -33,8 +33,8 @@ from train import Settings, train
 
 resource = pytest.importorskip("resource", reason="limits and signals as Linux and macOS have them")
 
-# A checkpoint every other step, so that much of the time is spent writing. Many more steps than the
-# kills wait for, so that a late one still comes in time.
+# A checkpoint every fourth step, so that much of the time is spent writing. Many more steps than
+# the kills wait for, so that a late one still comes in time.
 KILLED = dict(
     n_dialogues=20,
     n_layer=2,
@@ -43,7 +43,7 @@ KILLED = dict(
     batch_size=2,
     block_size=256,
     max_iters=120,
-    eval_interval=2,
+    eval_interval=4,
     dtype="float32",
     device="cpu",
 )
@@ -165,6 +165,7 @@ def test_twenty_kills(tmp_path, whole):
     assert writing >= 3
 
 
+@pytest.mark.slow
 def test_a_signal_ends_in_a_checkpoint_and_a_line(tmp_path, whole):
     file = tmp_path / "ckpt.pt"
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -224,7 +224,7 @@ def test_end_to_end(tmp_path):
 
     The streamed answers are checked.
     """
-    trained = [introduction(i) for i in range(4000)]
+    trained = [introduction(i) for i in range(2000)]
     path = tmp_path / "chats.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for turns in trained:
@@ -234,12 +234,12 @@ def test_end_to_end(tmp_path):
                 messages.append({"role": "assistant", "content": answer})
             file.write(json.dumps({"messages": messages}) + "\n")
     sizes = "--n_layer 2 --n_embd 64 --n_head 4 --block_size 128".split()
-    flags = "--max_iters 400 --eval_interval 1000 --device cpu".split()
+    flags = "--max_iters 300 --eval_interval 1000 --device cpu".split()
     files = "--data", str(path), "--out_dir", str(tmp_path)
     done = run("train.py", *files, *sizes, *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"]["chats"] > 0.8
-    new = [turns for turns in map(introduction, range(4000, 4020)) if turns not in trained][:2]
+    new = [turns for turns in map(introduction, range(2000, 2020)) if turns not in trained][:2]
     right = 0
     for turns in new:
         prompts = []
