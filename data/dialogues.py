@@ -8,7 +8,7 @@ reasoning, and one is what people say to a model that they do not know:
     expansion     several questions around one table or story
     refinement    one list, whose instructions are added to turn by turn
     follow-up     each query builds on the last answer
-    reasoning     shuffled definitions, what is missing, who is named only once
+    reasoning     shuffled definitions, what is missing from a list
     induction     examples of an unknown rule in the query, then a case to apply it to
     small talk    greetings, questions about the model, and questions that nobody taught it
 
@@ -24,6 +24,7 @@ from data import machine, talk
 from data.words import (
     COLORS,
     FOODS,
+    GENERAL,
     JOBS,
     LETTERS,
     PETS,
@@ -132,7 +133,13 @@ def values(rng, words):
 def tell(rng, facts, blanks, first):
     """A turn in which the user tells facts: (query, answer)."""
     parts = [rng.choice(told).format(**blanks) for _, told, _ in facts]
-    text = " and ".join(parts) if rng.random() < 0.5 else ". ".join(map(capital, parts))
+    if facts[:2] == FACTS[:2] and rng.random() < 0.6:
+        both = rng.choice(("I am {name} from {city}", "I'm {name} from {city}"))
+        parts[:2] = [both.format(**blanks)]
+    if rng.random() < 0.5:
+        text = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+    else:
+        text = ". ".join(map(capital, parts))
     greeting = rng.choice(("Hello. ", "Hello! ", "Hi! ", "Hi, ", "", "", "")) if first else ""
     text = greeting + (text if greeting.endswith(", ") else capital(text)) + "."
     if len(facts) > 2:
@@ -144,9 +151,9 @@ def recollection(rng, words):
     blanks = values(rng, words)
     untold, told = rng.sample(FACTS, len(FACTS)), []
     if rng.random() < 0.3:
-        # Who tells or asks one thing mostly begins with the name.
-        untold.remove(FACTS[0])
-        untold.insert(0, FACTS[0])
+        # Who tells or asks one thing mostly begins with the name, and often goes on with the city.
+        start = FACTS[:2] if rng.random() < 0.4 else FACTS[:1]
+        untold = start + [fact for fact in untold if fact not in start]
     n_turns = rng.randint(3, 8)
     sums = follow_up(rng, words, n_turns)
     for turn in range(n_turns):
@@ -194,21 +201,28 @@ def row(person, facts, story):
 
 
 def expansion(rng, words):
-    n, keys = rng.randint(2, 4), rng.sample(list(ATTRIBUTES), rng.choice((2, 2, 3)))
+    n, keys = rng.randint(2, 4), rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
     people = words.names(n + 1)
     columns = {"age": rng.sample(range(18, 80), n + 1), "city": words.cities(n + 1),
                "pet": rng.sample(PETS, n + 1), "job": rng.sample(JOBS, n + 1),
                "food": rng.sample(FOODS, n + 1)}
     facts = [{key: columns[key][i] for key in keys} for i in range(n + 1)]
     story = rng.random() < 0.75
-    start = rng.choice(("Here is a story.", "Read this.")) if story else "Here is a table."
-    text = " ".join([start] + [row(people[i], facts[i], story) for i in range(n)])
+    starts = ("Here is a story. ", "Read this. ", "") if story else ("Here is a table. ",)
+    text = rng.choice(starts) + " ".join(row(people[i], facts[i], story) for i in range(n))
+    asked = None  # the person and the thing that the last turn asked for
     for turn in range(rng.randint(3, 6)):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
+        again = asked and asked[0] != i and rng.random() < 0.25
+        if again:
+            key = asked[1]
         telling, ask, ask_who = ATTRIBUTES[key]
-        said = telling.format(facts[i][key])
+        said, asked = telling.format(facts[i][key]), None
         answer = f"{people[i]} {said}."
-        if kind < 0.2:
+        if again:
+            # Asks for the same as the question before it.
+            query, asked = rng.choice(("And {}?", "What about {}?")).format(people[i]), (i, key)
+        elif kind < 0.2:
             # The person comes last in the answer: one looks for a name from what is known of it.
             query = rng.choice(ask_who).format(facts[i][key])
             answer = f"The one who {said} is {people[i]}."
@@ -220,7 +234,7 @@ def expansion(rng, words):
             query, answer = f"Add this. {row(people[n], facts[n], story)}", f"Added {people[n]}."
             n += 1
         else:
-            query = rng.choice(ask).format(people[i])
+            query, asked = rng.choice(ask).format(people[i]), (i, key)
         yield (f"{text} {query}" if turn == 0 else query), answer
 
 
@@ -272,9 +286,18 @@ def refinement(rng, words):
     pool = list(range(1, 10)) if numbers else rng.choice((FOODS, PETS, COLORS, LETTERS))
     items = rng.sample(pool, rng.randint(3, 6))
     some = "Here are some numbers" if numbers else "Here are some words"
-    start = f"{rng.choice(('Take this list', 'Here is a list', 'List', some))}: {listed(items)}."
-    if rng.random() < 0.2:
+    heading = capital(rng.choice(GENERAL))
+    start = rng.choice(("Take this list", "Here is a list", "List", some, heading))
+    start = f"{start}: {listed(items)}."
+    kind = rng.random()
+    if kind < 0.2:
         yield start, f"Here it is: {listed(items)}."
+        start = ""
+    elif kind < 0.35:
+        # All in one: "Sort 3, 1, 2."
+        what, sort = listed(items), numbers and rng.random() < 0.5
+        items = sorted(items) if sort else items[::-1]
+        yield f"{'Sort' if sort else 'Reverse'} {what}.", f"Here it is: {listed(items)}."
         start = ""
     for _ in range(rng.randint(3, 7)):
         ask, items = edit(rng, rng.choice(edits(items, numbers)), items, pool)
@@ -286,7 +309,7 @@ def refinement(rng, words):
 
 def sums(value):
     """What can be asked about a number, the usual things more than once."""
-    ways = ["odd", "more", "new"]
+    ways = ["odd", "more", "new", "new"]
     if value < 90:
         ways += ["add", "add"]
     if value > 10:
@@ -295,6 +318,8 @@ def sums(value):
         ways.append("subtract")
     if value < 50:
         ways.append("double")
+    if value < 10:
+        ways.append("times")
     if value % 2 == 0:
         ways.append("halve")
     return ways
@@ -312,8 +337,11 @@ def reckon(rng, way, value):
     if way == "double":
         ask = rng.choice(("Double it.", "Now double that.", "Times 2."))
         return ask, f"{value} times 2 is {2 * value}.", 2 * value
+    if way == "times":
+        ask = rng.choice((f"Times {n}.", f"Multiply it by {n}."))
+        return ask, f"{value} times {n} is {value * n}.", value * n
     if way == "halve":
-        ask = rng.choice(("Halve it.", "What is half of it?"))
+        ask = rng.choice(("Halve it.", "What is half of it?", "Divide it by 2.", "Divide by 2."))
         return ask, f"Half of {value} is {value // 2}.", value // 2
     if way == "odd":
         return "Is it odd or even?", f"{value} is {'odd' if value % 2 else 'even'}.", value
@@ -325,13 +353,17 @@ def reckon(rng, way, value):
 
 def new_sum(rng):
     """A sum that does not build on the last answer: (how one asks for it, the answer, the sum)."""
-    a, b = rng.randint(1, rng.choice((20, 60, 200))), rng.randint(1, 9)
-    if rng.random() < 0.7 or a < b:
-        ask = rng.choice((f"What is {a} plus {b}?", f"{a} + {b}", f"What is {a} + {b}?",
-                          f"{a} plus {b}", f"{a}+{b}"))
-        return ask, f"{a} plus {b} is {a + b}.", a + b
-    ask = rng.choice((f"What is {a} minus {b}?", f"{a} - {b}", f"What is {a} - {b}?"))
-    return ask, f"{a} minus {b} is {a - b}.", a - b
+    if rng.random() < 0.25:
+        a, b = rng.randint(2, 9), rng.randint(2, 9)
+        sign, word, result = rng.choice("*x"), "times", a * b
+    else:
+        a, b = rng.randint(1, rng.choice((20, 60, 200))), rng.randint(1, 9)
+        sign, word, result = "+", "plus", a + b
+        if a > b and rng.random() < 0.3:
+            sign, word, result = "-", "minus", a - b
+    written = rng.choice((f"{a} {word} {b}", f"{a} {sign} {b}", f"{a}{sign}{b}"))
+    ask = rng.choice(("What is {}?", "What's {}?", "How much is {}?", "{}", "{}", "{}="))
+    return ask.format(written), f"{a} {word} {b} is {result}.", result
 
 
 def follow_up(rng, words, n_turns=None):
@@ -372,16 +404,9 @@ def missing(rng, words):
     return query, f"The second list has no {gone}."
 
 
-def named_once(rng, words):
-    once, *others = words.names(rng.randint(2, 4))
-    named = [once] + others * 2
-    rng.shuffle(named)
-    return f"{listed(named)}. Who is named only once?", f"{once} is named only once."
-
-
 def reasoning(rng, words):
     for _ in range(rng.randint(2, 5)):
-        yield rng.choice((definitions, missing, named_once))(rng, words)
+        yield rng.choice((definitions, missing))(rng, words)
 
 
 # --- induction ----------------------------------------------------------------------------------
@@ -429,7 +454,7 @@ FAMILIES = {
     "recollection": (3, recollection),
     "expansion": (5, expansion),
     "refinement": (4, refinement),
-    "follow-up": (3, follow_up),
+    "follow-up": (4, follow_up),
     "reasoning": (2, reasoning),
     "induction": (2, induction),
     "small talk": (1, small_talk),

@@ -40,7 +40,7 @@ def reasoning_kind(query):
     """What a query of the family `reasoning` asks for; of definitions, how many additions."""
     if "=" in query:
         return f"definitions, {query.count('+')} steps"
-    return "missing from a list" if "missing" in query else "named only once"
+    return "missing from a list"
 
 
 def fractions(right, groups):

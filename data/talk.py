@@ -194,6 +194,7 @@ def known(rng):
 
 
 # What is asked in the rest of the world. {x}, {y}: words, {name}, {city}, {n}, {m}: a name, ...
+# {d}: two digits, as small sums have them not.
 QUESTIONS = """
 What is the capital of {city}?|Who is the king of {city}?|How far is it from {city} to {city}?
 How do I get to {city}?|What is the weather like in {city}?|When was {city} founded?|Is {city} big?
@@ -221,8 +222,9 @@ Call {name}.|Draw a {x}.|Imagine that you are a {x}.|Pretend to be a {x}.|Search
 Tell me about {x}.|Tell me a story about {x}.|Tell me more about {x} and {y}.|Tell me how to {x}.
 Compare {x} with {y}.|Describe a {x}.|Show me a {x}.|Find a {x} near me.|Buy a {x}.|Read the {x}.
 Repeat the word {x}.|Say {x}.|Spell {x}.|How do you spell {x}?|Correct this: {x}
-What is {x} in French?|Convert {n} {x} to {y}.|{n} / {m}|{n} * {m}|What is {n} divided by {m}?
-What is {n} times {m}?|{n} times {m}|{n}*{m}=|Triple {n}.|What is {n} percent of {m}?
+What is {x} in French?|Convert {n} {x} to {y}.|{n} / {m}|{d} * {d}|What is {n} divided by {m}?
+What is {d} x {d}?|{d} times {n}|{d}*{d}=|{d} + {d}|{d}+{d}|What is {d} plus {d}?
+What is {d} + {d}?|What is {d} - {d}?|What is {d} minus {d}?|Triple {n}.|What is {n} percent of {m}?
 Solve x + {n} = {m}.|Count to {n}.|{n}|{n} {m}|What happened in {n}?|What year is it?
 What day is it?|What time is it?|What is the date today?|If I have {n} {x} and {m} {y}, what then?
 What comes after {n}, {m}?|What is the {x} number {n}?|What is the news today?|Who won the {x}?
@@ -269,6 +271,7 @@ def number(rng):
 
 
 BLANKS = {"{x}": word, "{y}": word, "{n}": number, "{m}": number,
+          "{d}": lambda rng: str(rng.randint(10, 99)),
           "{name}": lambda rng: rng.choice(NAMES), "{city}": lambda rng: rng.choice(CITIES)}
 
 

@@ -157,10 +157,13 @@ def test_answers_are_right():
             if "What is missing" in query:
                 first, second = (part.split(": ")[1].split(", ") for part in query.split(". ")[:2])
                 assert answer == f"The second list has no {(set(first) - set(second)).pop()}."
-            if "only once" in query:
-                named = query.split(".")[0].split(", ")
-                assert named.count(answer.removesuffix(" is named only once.")) == 1
-            if query.endswith("Sort them.") and numbers(query):
+            if " minus " in answer:
+                a, b, c = numbers(answer)
+                assert a - b == c
+            if query.startswith("Reverse ") and ", " in query:
+                items = query.removeprefix("Reverse ").rstrip(".").split(", ")
+                assert answer == f"Here it is: {', '.join(items[::-1])}."
+            if re.match("Sort [1-9]|.*Sort them.$", query) and numbers(query):
                 assert numbers(answer) == sorted(numbers(query))
             if " = " in query:
                 values = {}
@@ -172,6 +175,19 @@ def test_answers_are_right():
                             values[name] = value + int(n or 0)
                 name = query[-2]
                 assert answer == f"{name} is {values[name]}."
+
+
+def test_a_short_question_asks_for_what_the_one_before_it_asked():
+    """"And Ann?" behind "Where does Tom live?" is answered by where Ann lives."""
+    short, thing = 0, re.compile(r"(.*) (is a|is|lives|has|likes) [\w-]+")
+    for d in generate("train", 300, families=("expansion",)):
+        turns = [m["content"] for m in d["messages"] if m["role"] != "system"]
+        for query, before, answer in zip(turns[2::2], turns[1::2], turns[3::2]):
+            if query.lower().startswith(("and ", "what about ")):
+                short += 1
+                (person, said), (other, same) = (thing.match(x).groups() for x in (answer, before))
+                assert query.rstrip("?").endswith(person) and person != other and said == same
+    assert short > 50
 
 
 def test_recollection_answers_stand_in_earlier_queries():
@@ -193,10 +209,11 @@ def test_expansion_answers_stand_in_a_sentence_that_was_told():
             if m["role"] != "assistant" or "Added" in m["content"]:
                 continue
             for said in m["content"][:-1].split(". "):
-                words = said.replace(" years old", "").split()
-                person, value = words[0], words[-1]
+                said = said.replace(" years old", "")
+                person, value = said.split()[0], said.split()[-1]
                 if said.startswith("The one who "):
-                    person, value = words[-1], words[-3]
+                    fact, person = said.rsplit(" is ", 1)
+                    value = fact.split()[-1]
                 assert any(person in sentence and value in sentence for sentence in told)
 
 
