@@ -194,7 +194,7 @@ def known(rng):
 
 
 # What is asked in the rest of the world. {x}, {y}: words, {name}, {city}, {n}, {m}: a name, ...
-# {d}: two digits, as small sums have them not.
+# {d}: a number of two digits; sums of two such are not taught.
 QUESTIONS = """
 What is the capital of {city}?|Who is the king of {city}?|How far is it from {city} to {city}?
 How do I get to {city}?|What is the weather like in {city}?|When was {city} founded?|Is {city} big?
