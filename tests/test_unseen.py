@@ -34,10 +34,10 @@ def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest(chat):
 
 
 def test_new_names_are_counted_by_family(chat):
-    counts = new_names(chat, 40)
+    counts = new_names(chat, 80)
     assert {"expansion", "mixed", "the four patterns"} <= set(counts)
     needed = 0
-    for dialogue in generate("final_words", 40, mixed=True):
+    for dialogue in generate("final_words", 80, mixed=True):
         tokens, _ = TOKENIZER.encode_dialogue(dialogue["messages"])
         if len(tokens) <= 256:
             said = [m["content"] for m in dialogue["messages"] if m["role"] == "assistant"]
