@@ -137,7 +137,8 @@ def tell(rng, facts, blanks, first):
         both = rng.choice(("I am {name} from {city}", "I'm {name} from {city}"))
         parts[:2] = [both.format(**blanks)]
     if rng.random() < 0.5:
-        text = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+        *others, last = parts
+        text = f"{listed(others)} and {last}" if others else last
     else:
         text = ". ".join(map(capital, parts))
     greeting = rng.choice(("Hello. ", "Hello! ", "Hi! ", "Hi, ", "", "", "")) if first else ""
@@ -220,9 +221,9 @@ def expansion(rng, words):
         said, asked = telling.format(facts[i][key]), None
         answer = f"{people[i]} {said}."
         if again:
-            # Asks for the same as the question before it.
-            query, asked = rng.choice(("And {}?", "What about {}?")).format(people[i]), (i, key)
-        elif kind < 0.2:
+            # A short question for the same as the one before it.
+            kind, ask = 1, ("And {}?", "What about {}?")
+        if kind < 0.2:
             # The person comes last in the answer: one looks for a name from what is known of it.
             query = rng.choice(ask_who).format(facts[i][key])
             answer = f"The one who {said} is {people[i]}."

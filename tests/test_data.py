@@ -163,7 +163,7 @@ def test_answers_are_right():
             if query.startswith("Reverse ") and ", " in query:
                 items = query.removeprefix("Reverse ").rstrip(".").split(", ")
                 assert answer == f"Here it is: {', '.join(items[::-1])}."
-            if re.match("Sort [1-9]|.*Sort them.$", query) and numbers(query):
+            if re.match(r"Sort [1-9]|.*Sort them\.$", query) and numbers(query):
                 assert numbers(answer) == sorted(numbers(query))
             if " = " in query:
                 values = {}
