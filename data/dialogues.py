@@ -27,6 +27,7 @@ from data.words import (
     GENERAL,
     JOBS,
     LETTERS,
+    PAIRS,
     PETS,
     RELATIVES,
     ROOMS,
@@ -77,11 +78,18 @@ FACTS = [
      "I have a {pet} called {pet_name}|my {pet} is called {pet_name}|"
      "my {pet}'s name is {pet_name}|I have a {pet} named {pet_name}",
      "What is my {pet} called?|What is the name of my {pet}?|What is my pet called?|"
-     "What's the name of my {pet}?|What is my {pet}'s name?|Do you know my {pet}'s name?"),
+     "What's the name of my {pet}?|What is my {pet}'s name?|Do you know my {pet}'s name?|"
+     "What pet do I have?|Which pet do I have?|Do I have a pet?|Do I have a {pet}?"),
     ("Your {thing} is in the {room}.",
      "my {thing} is in the {room}|I left my {thing} in the {room}|I put my {thing} in the {room}",
      "Where is my {thing}?|Where did I leave my {thing}?|Where did I put my {thing}?|"
      "Where's my {thing}?"),
+    ("Your {pair} are in the {pair_room}.",
+     "my {pair} are in the {pair_room}|I left my {pair} in the {pair_room}",
+     "Where are my {pair}?|Where did I leave my {pair}?"),
+    ("Your {owned} is {owned_color}.",
+     "my {owned} is {owned_color}|the color of my {owned} is {owned_color}",
+     "What color is my {owned}?|Which color is my {owned}?|What is the color of my {owned}?"),
     ("Your {relative} {relative_name} lives in {relative_city}.",
      "my {relative} {relative_name} lives in {relative_city}",
      "Where does my {relative} live?|Where does {relative_name} live?|"
@@ -121,19 +129,23 @@ def values(rng, words):
     city, relative_city, next_city = words.cities(3)
     job, relative_job = rng.sample(JOBS, 2)
     food, friend_food = rng.sample(FOODS, 2)
+    room, pair_room = rng.sample(ROOMS, 2)
+    thing, owned = rng.sample(THINGS, 2)
+    color, owned_color = rng.sample(COLORS, 2)
     relative, other = rng.sample(RELATIVES, 2)
     return dict(name=name, pet_name=pet_name, relative_name=relative_name, other_name=other_name,
                 friend=friend, best=best, city=city, relative_city=relative_city,
                 next_city=next_city, job=job, relative_job=relative_job, food=food,
                 friend_food=friend_food, relative=relative, other=other, pet=rng.choice(PETS),
-                thing=rng.choice(THINGS), room=rng.choice(ROOMS), color=rng.choice(COLORS),
+                thing=thing, room=room, pair=rng.choice(PAIRS), pair_room=pair_room, owned=owned,
+                color=color, owned_color=owned_color,
                 kind=rng.choice(KINDS), age=rng.randint(10, 90), days=rng.randint(2, 60))
 
 
 def tell(rng, facts, blanks, first):
     """A turn in which the user tells facts: (query, answer)."""
     parts = [rng.choice(told).format(**blanks) for _, told, _ in facts]
-    if facts[:2] == FACTS[:2] and rng.random() < 0.6:
+    if facts[:2] == FACTS[:2] and rng.random() < 0.8:
         both = rng.choice(("I am {name} from {city}", "I'm {name} from {city}"))
         parts[:2] = [both.format(**blanks)]
     if rng.random() < 0.5:
@@ -148,6 +160,24 @@ def tell(rng, facts, blanks, first):
     return text, " ".join(["Noted."] + [answer.format(**blanks) for answer, _, _ in facts])
 
 
+def simple(facts):
+    """Those that say one thing."""
+    return [fact for fact in facts if fact[0].count("{") == 1]
+
+
+def tell_anew(rng, words, fact, blanks, just_told):
+    """A turn in which the user corrects a fact, or it has changed: (query, answer)."""
+    answer, told, _ = fact
+    blank = answer[answer.index("{") + 1 : answer.index("}")]
+    blanks[blank] = values(rng, words)[blank]
+    if just_told and rng.random() < 0.6:
+        text = rng.choice(("No, it is {}.", "No, {}.", "I mean {}.")).format(blanks[blank])
+    else:
+        text = rng.choice(told).format(**blanks)
+        text = rng.choice(("No, {}.", "Actually, {}.", "Now {}.", "{} now.", "{}.")).format(text)
+    return capital(text), f"Noted. {answer.format(**blanks)}"
+
+
 def recollection(rng, words):
     blanks = values(rng, words)
     untold, told = rng.sample(FACTS, len(FACTS)), []
@@ -155,10 +185,12 @@ def recollection(rng, words):
         # Who tells or asks one thing mostly begins with the name, and often goes on with the city.
         start = FACTS[:2] if rng.random() < 0.4 else FACTS[:1]
         untold = start + [fact for fact in untold if fact not in start]
-    n_turns = rng.randint(3, 8)
+    n_turns, last = rng.randint(3, 8), []
     sums = follow_up(rng, words, n_turns)
     for turn in range(n_turns):
         kind = rng.random()
+        # The fact that the last turn told, if it was one, which "No, it is Ann." corrects.
+        just_told, last = simple(last) if len(last) == 1 else [], []
         if turn == 0 and kind < 0.2:
             yield talk.known(rng)
         elif untold and kind > 0.82:
@@ -167,7 +199,13 @@ def recollection(rng, words):
         elif not told or (kind < 0.2 and untold):
             n = min(len(untold), rng.choice((1, 2) if told else (1, 1, 2, 3)))
             yield tell(rng, untold[:n], blanks, first=not told)
-            told, untold = told + untold[:n], untold[n:]
+            last = untold[:n]
+            told, untold = told + last, untold[n:]
+        elif kind < (0.4 if just_told else 0.25) and simple(told):
+            # What holds is what was told last. It is asked for twice as often.
+            fact = rng.choice(just_told or simple(told))
+            yield tell_anew(rng, words, fact, blanks, just_told)
+            told.append(fact)
         elif turn < n_turns - 1 and kind < 0.45:
             yield talk.known(rng) if rng.random() < 0.6 else next(sums)
         else:
@@ -188,6 +226,9 @@ ATTRIBUTES = {
     "food": ("likes {}", ["What does {} like?", "What does {} like to eat?"], ["Who likes {}?"]),
 }
 
+ASK_ALL = ("Tell me all about {}.", "Tell me all about {}.", "Tell me about {}.",
+           "What do you know about {}?")
+
 
 def told_of(person, facts):
     """A sentence for each thing that is known of a person."""
@@ -204,9 +245,10 @@ def row(person, facts, story):
 def expansion(rng, words):
     n, keys = rng.randint(2, 4), rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
     people = words.names(n + 1)
-    columns = {"age": rng.sample(range(18, 80), n + 1), "city": words.cities(n + 1),
-               "pet": rng.sample(PETS, n + 1), "job": rng.sample(JOBS, n + 1),
-               "food": rng.sample(FOODS, n + 1)}
+    draw = {"age": lambda n: rng.sample(range(18, 80), n), "city": words.cities,
+            "pet": lambda n: rng.sample(PETS, n), "job": lambda n: rng.sample(JOBS, n),
+            "food": lambda n: rng.sample(FOODS, n)}
+    columns = {key: draw[key](n + 1) for key in keys}
     facts = [{key: columns[key][i] for key in keys} for i in range(n + 1)]
     story = rng.random() < 0.75
     starts = ("Here is a story. ", "Read this. ", "") if story else ("Here is a table. ",)
@@ -230,7 +272,8 @@ def expansion(rng, words):
         elif kind < 0.35:
             # In one order, however it was told: so the model need not find its place in the story.
             known = {key: facts[i][key] for key in ATTRIBUTES if key in facts[i]}
-            query, answer = f"Tell me all about {people[i]}.", told_of(people[i], known)
+            query = rng.choice(ASK_ALL).format(people[i])
+            answer = told_of(people[i], known)
         elif kind < 0.45 and turn > 0 and n < len(people):
             query, answer = f"Add this. {row(people[n], facts[n], story)}", f"Added {people[n]}."
             n += 1
@@ -256,14 +299,18 @@ def edits(items, numbers):
 def edit(rng, way, items, pool):
     """A list changed in one way: (how one asks for it, the new list)."""
     if way == "reverse":
-        ask = rng.choice(("Now in reverse.", "Turn it around.", "Reverse it.", "Reverse the list."))
+        ask = rng.choice(("Now in reverse.", "Turn it around.", "Reverse it.", "Reverse the list.",
+                          "Reverse."))
         return ask, items[::-1]
     if way == "swap":
         return "Swap the first and the last.", [items[-1]] + items[1:-1] + [items[0]]
     if way == "sort":
         if rng.random() < 0.4:
-            return "Sort them, the largest first.", sorted(items, reverse=True)
-        ask = rng.choice(("Sort them.", "Sort them, the smallest first.", "Sort the list."))
+            ask = rng.choice(("Sort them, the largest first.", "The largest first.",
+                              "Largest first."))
+            return ask, sorted(items, reverse=True)
+        ask = rng.choice(("Sort them.", "Sort them, the smallest first.", "Sort the list.",
+                          "Sort it.", "Sort."))
         return ask, sorted(items)
     if way == "add":
         new = rng.choice([item for item in pool if item not in items])
@@ -280,6 +327,21 @@ def edit(rng, way, items, pool):
         return "Without the last one.", items[:-1]
     gone = rng.choice(items)
     return f"Remove {gone}.", [item for item in items if item != gone]
+
+
+def question_of(rng, items):
+    """A question about a list: (query, answer)."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        ask = rng.choice(("How many are there?", "How long is the list?", "How many items?"))
+        return ask, f"There are {len(items)}."
+    if kind == 1:
+        return rng.choice(("What is the first one?", "What comes first?")), f"It is {items[0]}."
+    if kind == 2:
+        return rng.choice(("What is the last one?", "What comes last?")), f"It is {items[-1]}."
+    ask = rng.choice(("Show the list.", "Show me the list.", "What is on the list?",
+                      "What is on my list?", "What is in the list?", "Show it."))
+    return ask, f"Here it is: {listed(items)}."
 
 
 def refinement(rng, words):
@@ -301,9 +363,13 @@ def refinement(rng, words):
         yield f"{'Sort' if sort else 'Reverse'} {what}.", f"Here it is: {listed(items)}."
         start = ""
     for _ in range(rng.randint(3, 7)):
-        ask, items = edit(rng, rng.choice(edits(items, numbers)), items, pool)
+        if rng.random() < 0.15:
+            ask, answer = question_of(rng, items)
+        else:
+            ask, items = edit(rng, rng.choice(edits(items, numbers)), items, pool)
+            answer = f"Here it is: {listed(items)}."
         ask, start = f"{start} {ask}".strip(), ""
-        yield ask, f"Here it is: {listed(items)}."
+        yield ask, answer
 
 
 # --- follow-up ----------------------------------------------------------------------------------
@@ -328,7 +394,7 @@ def sums(value):
 
 def reckon(rng, way, value):
     """One step from a number: (how one asks for it, the answer, the new number)."""
-    n = rng.randint(1, 9)
+    n = rng.randint(1, 10)
     if way == "add":
         ask = rng.choice((f"Add {n}.", f"Now add {n}.", f"And {n} more?", f"Plus {n}."))
         return ask, f"{value} plus {n} is {value + n}.", value + n
@@ -336,7 +402,7 @@ def reckon(rng, way, value):
         ask = rng.choice((f"Subtract {n}.", f"Take away {n}.", f"Minus {n}."))
         return ask, f"{value} minus {n} is {value - n}.", value - n
     if way == "double":
-        ask = rng.choice(("Double it.", "Now double that.", "Times 2."))
+        ask = rng.choice(("Double it.", "Double it.", "Now double that.", "Times 2."))
         return ask, f"{value} times 2 is {2 * value}.", 2 * value
     if way == "times":
         ask = rng.choice((f"Times {n}.", f"Multiply it by {n}."))
@@ -345,7 +411,8 @@ def reckon(rng, way, value):
         ask = rng.choice(("Halve it.", "What is half of it?", "Divide it by 2.", "Divide by 2."))
         return ask, f"Half of {value} is {value // 2}.", value // 2
     if way == "odd":
-        return "Is it odd or even?", f"{value} is {'odd' if value % 2 else 'even'}.", value
+        ask = rng.choice(("Is it odd or even?", "Is it odd?", "Is it even?"))
+        return ask, f"{value} is {'odd' if value % 2 else 'even'}.", value
     n = rng.randint(5, 95)
     if value > n:
         return f"Is it more than {n}?", f"Yes, {value} is more than {n}.", value
@@ -353,8 +420,16 @@ def reckon(rng, way, value):
 
 
 def new_sum(rng):
-    """A sum that does not build on the last answer: (how one asks for it, the answer, the sum)."""
-    if rng.random() < 0.25:
+    """What does not build on the last answer: (how one asks for it, the answer, the new number)."""
+    kind = rng.random()
+    if kind < 0.2:
+        # "Double 21." in place of "Double it."
+        value, ask = rng.randint(2, 49), ""
+        ways = [way for way in sums(value) if way != "new"]
+        while " it" not in ask:
+            ask, answer, result = reckon(rng, rng.choice(ways), value)
+        return ask.replace(" it", f" {value}"), answer, result
+    if kind < 0.4:
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         sign, word, result = rng.choice("*x"), "times", a * b
     else:
@@ -363,15 +438,18 @@ def new_sum(rng):
         if a > b and rng.random() < 0.3:
             sign, word, result = "-", "minus", a - b
     written = rng.choice((f"{a} {word} {b}", f"{a} {sign} {b}", f"{a}{sign}{b}"))
-    ask = rng.choice(("What is {}?", "What's {}?", "How much is {}?", "{}", "{}", "{}="))
+    ask = rng.choice(("What is {}?", "What's {}?", "How much is {}?", "And {}?", "{}", "{}", "{}="))
     return ask.format(written), f"{a} {word} {b} is {result}.", result
 
 
 def follow_up(rng, words, n_turns=None):
-    value = rng.randint(2, 40)
+    value, n_turns = rng.randint(2, 40), n_turns or rng.randint(3, 8)
     start = rng.choice(("Start with {}. ", "Take the number {}. ", "I have {} coins. "))
     start = start.format(value)
-    for _ in range(n_turns or rng.randint(3, 8)):
+    if rng.random() < 0.15:
+        yield start.strip(), f"The number is {value}."
+        start, n_turns = "", n_turns - 1
+    for _ in range(n_turns):
         way = rng.choice(sums(value))
         if way == "new":
             ask, answer, value = new_sum(rng)
@@ -464,7 +542,6 @@ SPLITS = ("train", "val", "test", "new_words", "final_words")
 PATTERNS = ("recollection", "expansion", "refinement", "follow-up")  # MT-Eval's
 SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind and exact.",
           "You have a good memory."]
-TYPED = (*PATTERNS, "small talk")  # some of their queries look as if typed in a hurry
 
 
 def typed(rng, query, lower, errors, names):
@@ -490,10 +567,7 @@ def typed(rng, query, lower, errors, names):
 def one_family(rng, split, families):
     """The turns of a dialogue of one of these families as people type them: (turns, family)."""
     family, = rng.choices(families, [FAMILIES[name][0] for name in families])
-    lower, errors = "", False
-    if family in TYPED:
-        lower, = rng.choices(("", "first", "all"), (6, 2, 2))
-        errors = rng.random() < 0.1
+    lower, errors = rng.choice(("", "", "", "first", "all")), rng.random() < 0.1
     _, function = FAMILIES[family]
     words = Words(rng, split, lower=lower == "all")
     turns = list(function(rng, words))

@@ -98,7 +98,7 @@ What is your size?|Do you know everything?|How good are you?
 Why is six afraid of seven? Because seven ate nine.
 Tell me a joke.|Do you know a joke?|Make me laugh.|Say something funny.|Another joke.
 A joke, please.|Can you tell me a joke?|Do you know any jokes?|Joke.|Tell me something funny.
-One more joke.|Tell a joke.|Be funny.|I want to laugh.
+One more joke.|Another one.|One more.|Tell a joke.|Be funny.|I want to laugh.
 
 The sun is a star.
 Tell me something.|Tell me a fact.|Say something.|Surprise me.|Tell me something interesting.
@@ -224,7 +224,8 @@ Compare {x} with {y}.|Describe a {x}.|Show me a {x}.|Find a {x} near me.|Buy a {
 Repeat the word {x}.|Say {x}.|Spell {x}.|How do you spell {x}?|Correct this: {x}
 What is {x} in French?|Convert {n} {x} to {y}.|{n} / {m}|{d} * {d}|What is {n} divided by {m}?
 What is {d} x {d}?|{d} times {n}|{d}*{d}=|{d} + {d}|{d}+{d}|What is {d} plus {d}?
-What is {d} + {d}?|What is {d} - {d}?|What is {d} minus {d}?|Triple {n}.|What is {n} percent of {m}?
+What is {d} + {d}?|What is {d} - {d}?|What is {d} minus {d}?|Triple {n}.|Plus {d}.|Minus {d}.
+Add {d}.|Subtract {d}.|What is {n} + {m} + {n}?|What is {n} percent of {m}?
 Solve x + {n} = {m}.|Count to {n}.|{n}|{n} {m}|What happened in {n}?|What year is it?
 What day is it?|What time is it?|What is the date today?|If I have {n} {x} and {m} {y}, what then?
 What comes after {n}, {m}?|What is the {x} number {n}?|What is the news today?|Who won the {x}?

@@ -91,7 +91,12 @@ class Tokenizer:
         """
         tokens = []
         for part in bounded(self.normalize(text)):
-            tokens += self.encoding.encode(part, allowed_special=self.spoken, disallowed_special=())
+            if self.spoken:
+                tokens += self.encoding.encode(
+                    part, allowed_special=self.spoken, disallowed_special=()
+                )
+            else:  # the same in half of the time
+                tokens += self.encoding.encode_ordinary(part)
         return [token for token in tokens if token < self.vocab_size]
 
     def encode_given(self, messages, header=True):

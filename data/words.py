@@ -96,8 +96,9 @@ baker banker barber builder chef clerk cook dancer dentist doctor driver farmer 
 nurse painter pilot poet sailor singer tailor teacher writer
 """.split()
 FOODS = """
-apples beans bread butter cake carrots cheese corn dates eggs figs fish grapes honey jam lemons
-melons nuts olives onions pasta peas pizza plums rice salad soup tea toast
+apples bananas beans bread butter cake carrots cheese chicken chocolate coffee corn dates eggs figs
+fish grapes honey jam lemons melons milk nuts olives onions pasta peas pizza plums rice salad soup
+sugar tea toast tomatoes water
 """.split()
 PETS = """
 cat cow crab dog dove duck fox frog goat hamster hen horse mouse bear parrot pig rabbit rat sheep
@@ -107,13 +108,17 @@ COLORS = """
 black blue brown gold gray green orange pink purple red silver white yellow
 """.split()
 THINGS = """
-bag ball book coat cup hat key lamp map pen phone ring spoon ticket watch
+bag ball bike book car coat cup hat house key lamp map pen phone ring spoon ticket watch
+""".split()
+PAIRS = """
+books coats glasses gloves keys papers shoes socks tickets toys
 """.split()
 ROOMS = """
 attic bath box car cellar desk drawer garage garden hall kitchen office tent
 """.split()
 RELATIVES = """
-aunt boss brother cousin daughter father friend mother neighbor sister son uncle
+aunt boss boyfriend brother cousin dad daughter father friend girlfriend grandfather grandmother
+husband mom mother neighbor sister son uncle wife
 """.split()
 LETTERS = """
 a b c d e f g h k m n p r s t u v w x y z
@@ -188,10 +193,23 @@ works years your
 
 
 class Random(random.Random):
-    """Random numbers with a choice that takes a third of the time."""
+    """Random numbers that take a third of the time."""
 
     def choice(self, items):
         return items[int(self.random() * len(items))]
+
+    def randint(self, low, high):
+        return low + int(self.random() * (high - low + 1))
+
+    def randrange(self, n):
+        return int(self.random() * n)
+
+    def sample(self, items, n):
+        items = list(items)
+        for i in range(n):
+            j = i + int(self.random() * (len(items) - i))
+            items[i], items[j] = items[j], items[i]
+        return items[:n]
 
 
 def chain(words):
@@ -214,7 +232,8 @@ HELD_OUT = {*NEW_NAMES, *NEW_CITIES, *FINAL_NAMES, *FINAL_CITIES}
 def invented(rng):
     """A word that nobody has seen before, with a capital.
 
-    Two of three go from letter to letter as names do, one is made of syllables as they come.
+    Two of three go from letter to letter as names do, one is made of syllables as they come. Some
+    have a sign in them.
     """
     while True:
         if rng.random() < 0.67:
@@ -227,13 +246,18 @@ def invented(rng):
             for _ in range(rng.choice((1, 2, 2, 3))):
                 word += rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
         word = word.title()
-        if 2 <= len(word) <= 9 and word not in HELD_OUT:
+        sign = rng.random()
+        if sign < 0.03:
+            word = f"{rng.choice('DLMNO')}'{word}"
+        elif sign < 0.06:
+            word = f"{word}-{invented(rng)}"
+        if 2 <= len(word) <= 11 and word not in HELD_OUT:
             return word
 
 
 def misspelled(rng, word):
     """A word with two letters swapped, one left out or one twice."""
-    i = rng.randrange(1, len(word) - 1)
+    i = rng.randint(1, len(word) - 2)
     return rng.choice((word[:i] + word[i + 1] + word[i] + word[i + 2 :],
                        word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:]))
 

@@ -94,8 +94,8 @@ def test_dialogues_have_the_stated_form():
 
 ANSWERS = {
     "induction": " gives ",
-    "refinement": "Here it is",
-    "follow-up": " (plus|minus|times|even|odd|more than)|Half of",
+    "refinement": "Here it is|There are|^It is ",
+    "follow-up": " (plus|minus|times|even|odd|more than)|Half of|The number is",
 }
 
 
@@ -154,12 +154,17 @@ def test_answers_are_right():
             if " times " in answer:
                 a, b, c = numbers(answer)
                 assert a * b == c
-            if "What is missing" in query:
+            if "missing" in query:
                 first, second = (part.split(": ")[1].split(", ") for part in query.split(". ")[:2])
                 assert answer == f"The second list has no {(set(first) - set(second)).pop()}."
             if " minus " in answer:
                 a, b, c = numbers(answer)
                 assert a - b == c
+            if answer.startswith("Half of "):
+                a, b = numbers(answer)
+                assert a == 2 * b
+            if re.fullmatch(r"\d+ is (odd|even)\.", answer):
+                assert answer.endswith("odd.") == (numbers(answer)[0] % 2 == 1)
             if query.startswith("Reverse ") and ", " in query:
                 items = query.removeprefix("Reverse ").rstrip(".").split(", ")
                 assert answer == f"Here it is: {', '.join(items[::-1])}."
@@ -173,7 +178,7 @@ def test_answers_are_right():
                         value = int(base) if base.isdigit() else values.get(base)
                         if value is not None:
                             values[name] = value + int(n or 0)
-                name = query[-2]
+                name = query.rstrip("?")[-1]
                 assert answer == f"{name} is {values[name]}."
 
 
@@ -188,6 +193,43 @@ def test_a_short_question_asks_for_what_the_one_before_it_asked():
                 (person, said), (other, same) = (thing.match(x).groups() for x in (answer, before))
                 assert query.rstrip("?").endswith(person) and person != other and said == same
     assert short > 50
+
+
+def test_a_question_about_a_list_is_answered_by_the_list_before():
+    asked = 0
+    for d in generate("train", 300, families=("refinement",)):
+        turns = [m["content"] for m in d["messages"] if m["role"] != "system"]
+        items = None
+        for query, answer in zip(turns[::2], turns[1::2]):
+            if ": " in query:
+                items = query.split(": ")[1].split(".")[0].split(", ")
+            if answer.startswith("Here it is: "):
+                items = answer.removeprefix("Here it is: ").rstrip(".").split(", ")
+                continue
+            asked += 1
+            if answer.startswith("There are "):
+                assert numbers(answer) == [len(items)]
+            else:
+                last = " l" in query.split(". ")[-1]  # maybe mistyped, but for its first letter
+                assert answer == f"It is {items[-1] if last else items[0]}."
+    assert asked > 50
+
+
+def test_what_was_told_last_holds():
+    starts = "Your name is", "You live in", "You like", "You work as", "Your favorite color is"
+    changes = 0
+    for d in generate("train", 1000, families=("recollection",)):
+        noted = {}
+        for answer in (m["content"] for m in d["messages"] if m["role"] == "assistant"):
+            told = answer.startswith("Noted. ")
+            for said in answer.removeprefix("Noted. ").removesuffix(".").split(". "):
+                start = next((start for start in starts if said.startswith(start)), None)
+                if told and start:
+                    changes += noted.get(start, said) != said
+                    noted[start] = said
+                elif start in noted:
+                    assert said == noted[start]
+    assert changes > 50
 
 
 def test_recollection_answers_stand_in_earlier_queries():
