@@ -113,10 +113,15 @@ FACTS = [
      "my favorite {kind} is {best}|the {kind} I like best is {best}|{best} is my favorite {kind}",
      "What is my favorite {kind}?|Which {kind} do I like best?|What's my favorite {kind}?|"
      "Do you know my favorite {kind}?"),
+    ("Your {numbered} is {number}.",
+     "my {numbered} is {number}|{number} is my {numbered}",
+     "What is my {numbered}?|What's my {numbered}?|Tell me my {numbered}.|"
+     "Do you know my {numbered}?"),
 ]
 FACTS = [(answer, told.split("|"), asked.split("|")) for answer, told, asked in FACTS]
 KINDS = "animal band book car city drink film game movie place singer song sport team word".split()
-NEVER_TOLD = """What is my phone number?|When is my birthday?|What is my last name?|How tall am I?
+NUMBERED = ["favorite number", "lucky number", "phone number", "house number", "code", "PIN"]
+NEVER_TOLD = """When is my birthday?|What is my last name?|How tall am I?
 What is my shoe size?|Which car do I drive?|Where was my father born?|What did I eat yesterday?
 How many children do I have?|Which school did I go to?|What is my address?|Am I married?
 What is my hobby?|What did I say yesterday?|How much do I weigh?|What am I thinking?
@@ -138,8 +143,9 @@ def values(rng, words):
                 next_city=next_city, job=job, relative_job=relative_job, food=food,
                 friend_food=friend_food, relative=relative, other=other, pet=rng.choice(PETS),
                 thing=thing, room=room, pair=rng.choice(PAIRS), pair_room=pair_room, owned=owned,
-                color=color, owned_color=owned_color,
-                kind=rng.choice(KINDS), age=rng.randint(10, 90), days=rng.randint(2, 60))
+                color=color, owned_color=owned_color, kind=rng.choice(KINDS),
+                numbered=rng.choice(NUMBERED), number=talk.number(rng), age=rng.randint(10, 90),
+                days=rng.randint(2, 60))
 
 
 def tell(rng, facts, blanks, first):
@@ -534,8 +540,8 @@ FAMILIES = {
     "expansion": (5, expansion),
     "refinement": (4, refinement),
     "follow-up": (4, follow_up),
-    "reasoning": (2, reasoning),
-    "induction": (2, induction),
+    "reasoning": (3, reasoning),
+    "induction": (3, induction),
     "small talk": (1, small_talk),
 }
 SPLITS = ("train", "val", "test", "new_words", "final_words")
