@@ -89,14 +89,14 @@ class Tokenizer:
 
         A special token that is spelled in the text is plain text, unless it is a spoken one.
         """
+        # It looks for no special token, which takes half of the time where none may be spoken.
+        encode = self.encoding.encode_ordinary
+        if self.spoken:
+            spoken = {"allowed_special": self.spoken, "disallowed_special": ()}
+            encode = functools.partial(self.encoding.encode, **spoken)
         tokens = []
         for part in bounded(self.normalize(text)):
-            if self.spoken:
-                tokens += self.encoding.encode(
-                    part, allowed_special=self.spoken, disallowed_special=()
-                )
-            else:  # the same in half of the time
-                tokens += self.encoding.encode_ordinary(part)
+            tokens += encode(part)
         return [token for token in tokens if token < self.vocab_size]
 
     def encode_given(self, messages, header=True):

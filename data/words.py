@@ -193,7 +193,7 @@ works years your
 
 
 class Random(random.Random):
-    """Random numbers that take a third of the time."""
+    """Random numbers by fewer calls than those of its base class."""
 
     def choice(self, items):
         return items[int(self.random() * len(items))]
