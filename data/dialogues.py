@@ -172,7 +172,10 @@ def simple(facts):
 
 
 def tell_anew(rng, words, fact, blanks, just_told):
-    """A turn in which the user corrects a fact, or it has changed: (query, answer)."""
+    """A turn in which the user corrects a fact, or it has changed: (query, answer).
+
+    The new value goes into blanks, so that later questions are answered by it.
+    """
     answer, told, _ = fact
     blank = answer[answer.index("{") + 1 : answer.index("}")]
     blanks[blank] = values(rng, words)[blank]
@@ -191,12 +194,12 @@ def recollection(rng, words):
         # Who tells or asks one thing mostly begins with the name, and often goes on with the city.
         start = FACTS[:2] if rng.random() < 0.4 else FACTS[:1]
         untold = start + [fact for fact in untold if fact not in start]
-    n_turns, last = rng.randint(3, 8), []
+    n_turns, just_told = rng.randint(3, 8), []
     sums = follow_up(rng, words, n_turns)
     for turn in range(n_turns):
         kind = rng.random()
-        # The fact that the last turn told, if it was one, which "No, it is Ann." corrects.
-        just_told, last = simple(last) if len(last) == 1 else [], []
+        # What the last turn told, if that was one thing, which "No, it is Ann." corrects.
+        correctable, just_told = just_told, []
         if turn == 0 and kind < 0.2:
             yield talk.known(rng)
         elif untold and kind > 0.82:
@@ -205,12 +208,12 @@ def recollection(rng, words):
         elif not told or (kind < 0.2 and untold):
             n = min(len(untold), rng.choice((1, 2) if told else (1, 1, 2, 3)))
             yield tell(rng, untold[:n], blanks, first=not told)
-            last = untold[:n]
-            told, untold = told + last, untold[n:]
-        elif kind < (0.4 if just_told else 0.25) and simple(told):
+            just_told = simple(untold[:n]) if n == 1 else []
+            told, untold = told + untold[:n], untold[n:]
+        elif kind < (0.4 if correctable else 0.25) and simple(told):
             # What holds is what was told last. It is asked for twice as often.
-            fact = rng.choice(just_told or simple(told))
-            yield tell_anew(rng, words, fact, blanks, just_told)
+            fact = rng.choice(correctable or simple(told))
+            yield tell_anew(rng, words, fact, blanks, just_told=bool(correctable))
             told.append(fact)
         elif turn < n_turns - 1 and kind < 0.45:
             yield talk.known(rng) if rng.random() < 0.6 else next(sums)
@@ -231,7 +234,8 @@ ATTRIBUTES = {
     "job": ("is a {}", ["What is the job of {}?", "What does {} work as?"], ["Who is a {}?"]),
     "food": ("likes {}", ["What does {} like?", "What does {} like to eat?"], ["Who likes {}?"]),
 }
-
+# What each is drawn from, but for cities, which the split has.
+POOLS = {"age": range(18, 80), "pet": PETS, "job": JOBS, "food": FOODS}
 ASK_ALL = ("Tell me all about {}.", "Tell me all about {}.", "Tell me about {}.",
            "What do you know about {}?")
 
@@ -251,10 +255,9 @@ def row(person, facts, story):
 def expansion(rng, words):
     n, keys = rng.randint(2, 4), rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
     people = words.names(n + 1)
-    draw = {"age": lambda n: rng.sample(range(18, 80), n), "city": words.cities,
-            "pet": lambda n: rng.sample(PETS, n), "job": lambda n: rng.sample(JOBS, n),
-            "food": lambda n: rng.sample(FOODS, n)}
-    columns = {key: draw[key](n + 1) for key in keys}
+    columns = {
+        key: rng.sample(POOLS[key], n + 1) if key in POOLS else words.cities(n + 1) for key in keys
+    }
     facts = [{key: columns[key][i] for key in keys} for i in range(n + 1)]
     story = rng.random() < 0.75
     starts = ("Here is a story. ", "Read this. ", "") if story else ("Here is a table. ",)
@@ -335,19 +338,24 @@ def edit(rng, way, items, pool):
     return f"Remove {gone}.", [item for item in items if item != gone]
 
 
+def shown(items):
+    """The answer that shows a list."""
+    return f"Here it is: {listed(items)}."
+
+
 def question_of(rng, items):
     """A question about a list: (query, answer)."""
     kind = rng.randrange(4)
     if kind == 0:
         ask = rng.choice(("How many are there?", "How long is the list?", "How many items?"))
         return ask, f"There are {len(items)}."
-    if kind == 1:
-        return rng.choice(("What is the first one?", "What comes first?")), f"It is {items[0]}."
-    if kind == 2:
-        return rng.choice(("What is the last one?", "What comes last?")), f"It is {items[-1]}."
+    if kind < 3:
+        end, item = ("first", items[0]) if kind == 1 else ("last", items[-1])
+        ask = rng.choice((f"What is the {end} one?", f"What comes {end}?"))
+        return ask, f"It is {item}."
     ask = rng.choice(("Show the list.", "Show me the list.", "What is on the list?",
                       "What is on my list?", "What is in the list?", "Show it."))
-    return ask, f"Here it is: {listed(items)}."
+    return ask, shown(items)
 
 
 def refinement(rng, words):
@@ -360,20 +368,20 @@ def refinement(rng, words):
     start = f"{start}: {listed(items)}."
     kind = rng.random()
     if kind < 0.2:
-        yield start, f"Here it is: {listed(items)}."
+        yield start, shown(items)
         start = ""
     elif kind < 0.35:
         # All in one: "Sort 3, 1, 2."
         what, sort = listed(items), numbers and rng.random() < 0.5
         items = sorted(items) if sort else items[::-1]
-        yield f"{'Sort' if sort else 'Reverse'} {what}.", f"Here it is: {listed(items)}."
+        yield f"{'Sort' if sort else 'Reverse'} {what}.", shown(items)
         start = ""
     for _ in range(rng.randint(3, 7)):
         if rng.random() < 0.15:
             ask, answer = question_of(rng, items)
         else:
             ask, items = edit(rng, rng.choice(edits(items, numbers)), items, pool)
-            answer = f"Here it is: {listed(items)}."
+            answer = shown(items)
         ask, start = f"{start} {ask}".strip(), ""
         yield ask, answer
 

@@ -69,6 +69,11 @@ class Tokenizer:
         )
         self.normalize, self.spoken = normalize, set(spoken)
         self.default_system = default_system
+        # It looks for no special token, which takes half of the time where none may be spoken.
+        self.encode_part = self.encoding.encode_ordinary
+        if spoken:
+            allowed = {"allowed_special": self.spoken, "disallowed_special": ()}
+            self.encode_part = functools.partial(self.encoding.encode, **allowed)
         self.vocab_size = vocab_size or max([*ranks.values(), *special.values()]) + 1
 
         def fixed(text):
@@ -89,14 +94,9 @@ class Tokenizer:
 
         A special token that is spelled in the text is plain text, unless it is a spoken one.
         """
-        # It looks for no special token, which takes half of the time where none may be spoken.
-        encode = self.encoding.encode_ordinary
-        if self.spoken:
-            spoken = {"allowed_special": self.spoken, "disallowed_special": ()}
-            encode = functools.partial(self.encoding.encode, **spoken)
         tokens = []
         for part in bounded(self.normalize(text)):
-            tokens += encode(part)
+            tokens += self.encode_part(part)
         return [token for token in tokens if token < self.vocab_size]
 
     def encode_given(self, messages, header=True):
