@@ -451,9 +451,10 @@ def finish(run):
     if run.bar is not None:
         run.bar.close()
     if run.step < run.s.max_iters:
-        so_far = f"stopped after step {run.step} of {run.s.max_iters}"
-        go_on = f"the same flags and --resume go on from {run.out / 'ckpt.pt'}"
-        raise KeyboardInterrupt(f"{so_far}; {go_on}")
+        stopped = f"stopped after step {run.step} of {run.s.max_iters}"
+        if run.out is not None:
+            stopped += f"; the same flags and --resume go on from {run.out / 'ckpt.pt'}"
+        raise KeyboardInterrupt(stopped)
     metrics = measure(run)
     if RANK == 0 and run.out is not None:
         checkpoint.write_json(run.out / "metrics.json", metrics)

@@ -433,6 +433,16 @@ def test_a_hangup_leaves_a_checkpoint(tmp_path, handlers):
 
 
 @signals
+def test_a_run_without_files_is_stopped_in_a_line(handlers):
+    def stop(run, loss):
+        signal.raise_signal(signal.SIGTERM)
+
+    splits = read_splits(prepare(TOKENIZER, 256, n_dialogues=30))
+    with pytest.raises(KeyboardInterrupt, match="^stopped after step 1 of 9$"):
+        train(Settings(**{**TINY, "max_iters": 9}), splits=splits, watch=stop)
+
+
+@signals
 @pytest.mark.parametrize("module", [train_module, finetune_module])
 @pytest.mark.parametrize("number", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_a_signal_in_preparation_leaves_nothing_half_made(
