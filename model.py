@@ -683,7 +683,9 @@ class Steps:
         expected = model(second, None, cache)[0, 0]  # (V,)
         cache.length = 1
         got = self(0)  # (V,)
-        digits = 0.03 if cache.k.dtype == torch.bfloat16 else 1e-3
+        # Rounded to bfloat16, two orders of the same sums differ: by 0.004 in SmolLM2 on AVX512.
+        rounded = cache.k.dtype == torch.bfloat16 or isinstance(model.head, PackedLinear)
+        digits = 0.03 if rounded else 1e-3
         return bool((got - expected).abs().max() <= digits * expected.abs().max())
 
     @torch.inference_mode()
