@@ -488,6 +488,19 @@ def test_a_changed_layer_is_not_written_out(variant, change):
         assert one_by_one(model, Cache(model.config)) is None
 
 
+@pytest.mark.parametrize("kind", PACKED)
+@torch.inference_mode()
+def test_packed_layers_are_written_out_unless_one_was_changed(kind):
+    """A number that is rounded the other way is no change of a layer, and hides none."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        config = GPTConfig(block_size=32, n_hidden=256)
+        packed = pack(GPT(config).eval(), kind)
+        assert one_by_one(packed, Cache(config)) is not None
+        CHANGES[list(CHANGES)[seed % len(CHANGES)]](packed.blocks[seed % config.n_layer])
+        assert one_by_one(packed, Cache(config)) is None
+
+
 def test_without_torchs_private_operators_the_weights_are_bfloat16(monkeypatch):
     """A later torch may not have them: the chat goes on, with more bytes."""
 
