@@ -346,21 +346,22 @@ def real(a):
 
 
 def start_up(a):
-    """Seconds from `python sample.py` to its prompt, beyond `import torch`: the least of 3."""
+    """Seconds from `python sample.py` to its prompt, beyond `import torch`, started in turns."""
     with tempfile.TemporaryDirectory() as folder:
         quick = ["train.py", "--max_iters", "1", "--n_dialogues", "200", "--out_dir", folder]
         peers.run([sys.executable, *quick], cwd=ROOT)
-
-        def least(*code):
-            times = []
-            for _ in range(1 if a.quick else 3):
-                start = time.perf_counter()
-                peers.run([sys.executable, *code], cwd=ROOT, stdin=subprocess.DEVNULL)
-                times.append(time.perf_counter() - start)
-            return min(times)
-
-        chat = least("sample.py", "--ckpt", f"{folder}/ckpt.pt")
-        return {"sample.py to its prompt, s": chat - least("-c", "import torch")}
+        starts = {
+            "chat": ["sample.py", "--ckpt", f"{folder}/ckpt.pt"], "torch": ["-c", "import torch"]
+        }
+        calls = {
+            name: functools.partial(
+                peers.run, [sys.executable, *code], cwd=ROOT, stdin=subprocess.DEVNULL
+            )
+            for name, code in starts.items()
+        }
+        seconds = in_turns(calls, a.repeats(5), a.device)
+        chat, alone = statistics.median(seconds["chat"]), statistics.median(seconds["torch"])
+        return {"sample.py to its prompt, s": chat - alone}
 
 
 def large(a):
