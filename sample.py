@@ -208,7 +208,7 @@ from data.checkpoint import load_checkpoint, write_json
 from data.machine import one_line, printable
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw
-from model import GPT, PACKED, GPTConfig, pack
+from model import GPT, PACKED, GPTConfig, by_columns, pack
 
 
 def query_tokens(chat, message):
@@ -290,7 +290,7 @@ def stored(model, device, dtype):
     if dtype == "auto":
         dtype = "float32" if model.n_params() < SMALL else "bfloat16"
     if dtype == "float32":
-        return model.float()
+        return by_columns(model.float())
     return pack(model, dtype, machine.pick_dtype("auto", device))
 
 

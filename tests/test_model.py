@@ -28,6 +28,7 @@ from model import (
     Replay,
     attend_by_blocks,
     block_mask,
+    by_columns,
     choose_attention,
     one_by_one,
     pack,
@@ -486,6 +487,21 @@ def test_a_changed_layer_is_not_written_out(variant, change):
         assert one_by_one(model, Cache(model.config)) is not None
         CHANGES[change](model.blocks[seed % len(model.blocks)])
         assert one_by_one(model, Cache(model.config)) is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_weights_laid_out_by_columns_are_the_same_numbers(variant):
+    rng = random.Random(0)
+    for seed in range(6):
+        model = make(variant, seed=seed)
+        tokens, segments = dialogue(rng)
+        expected, weights = model(tokens, ism(segments)), copy.deepcopy(model.state_dict())
+        assert by_columns(model).head.weight.stride() == (1, model.config.vocab_size)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, weights[name])
+        assert torch.allclose(model(tokens, ism(segments)), expected, atol=1e-4)
+        assert one_by_one(model, Cache(model.config)) is not None
 
 
 @pytest.mark.parametrize("kind", PACKED)
