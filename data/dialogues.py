@@ -195,7 +195,6 @@ def recollection(rng, words):
         start = FACTS[:2] if rng.random() < 0.4 else FACTS[:1]
         untold = start + [fact for fact in untold if fact not in start]
     n_turns, just_told = rng.randint(3, 8), []
-    sums = follow_up(rng, words, n_turns)
     for turn in range(n_turns):
         kind = rng.random()
         # What the last turn told, if that was one thing, which "No, it is Ann." corrects.
@@ -216,7 +215,7 @@ def recollection(rng, words):
             yield tell_anew(rng, words, fact, blanks, just_told=bool(correctable))
             told.append(fact)
         elif turn < n_turns - 1 and kind < 0.45:
-            yield talk.known(rng) if rng.random() < 0.6 else next(sums)
+            yield talk.known(rng) if rng.random() < 0.6 else new_sum(rng)[:2]
         else:
             answer, _, questions = rng.choice(told)
             yield rng.choice(questions).format(**blanks), answer.format(**blanks)
@@ -253,7 +252,8 @@ def row(person, facts, story):
 
 
 def expansion(rng, words):
-    n, keys = rng.randint(2, 4), rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
+    n = rng.choice((1, 2, 2, 2, 3, 3, 3, 4, 4, 4))
+    keys = rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
     people = words.names(n + 1)
     columns = {
         key: rng.sample(POOLS[key], n + 1) if key in POOLS else words.cities(n + 1) for key in keys
@@ -262,6 +262,10 @@ def expansion(rng, words):
     story = rng.random() < 0.75
     starts = ("Here is a story. ", "Read this. ", "") if story else ("Here is a table. ",)
     text = rng.choice(starts) + " ".join(row(people[i], facts[i], story) for i in range(n))
+    # It may stand alone, to be asked about later.
+    if rng.random() < 0.2:
+        yield text, "Noted."
+        text = ""
     asked = None  # the person and the thing that the last turn asked for
     for turn in range(rng.randint(3, 6)):
         i, key, kind = rng.randrange(n), rng.choice(keys), rng.random()
@@ -284,14 +288,27 @@ def expansion(rng, words):
             query = rng.choice(ASK_ALL).format(people[i])
             answer = told_of(people[i], known)
         elif kind < 0.45 and turn > 0 and n < len(people):
-            query, answer = f"Add this. {row(people[n], facts[n], story)}", f"Added {people[n]}."
+            more = row(people[n], facts[n], story)
+            query, answer = rng.choice(("Add this. ", "")) + more, "Noted."
             n += 1
+        elif kind < 0.5:
+            # Of somebody, or about something, that nothing was told of.
+            person, untold = people[i], [key for key in ATTRIBUTES if key not in keys]
+            if n < len(people) and rng.random() < 0.5:
+                person, untold = people[n], keys
+            _, ask, _ = ATTRIBUTES[rng.choice(untold)]
+            query, answer = rng.choice(ask).format(person), "You have not told me."
         else:
             query, asked = rng.choice(ask).format(people[i]), (i, key)
-        yield (f"{text} {query}" if turn == 0 else query), answer
+        yield f"{text} {query}".strip(), answer
+        text = ""
 
 
 # --- refinement ---------------------------------------------------------------------------------
+
+SORT = "Sort them.", "Sort them, the smallest first.", "Sort the list.", "Sort it.", "Sort."
+NO_NUMBERS = "I can only sort numbers."
+
 
 def edits(items, numbers):
     """What can be done to a list, the usual things more than once."""
@@ -301,7 +318,7 @@ def edits(items, numbers):
     if numbers:
         ways += ["sort", "sort"]
     if len(items) > 2:
-        ways += ["first", "last", "drop", "remove"]
+        ways += ["first", "last", "drop", "remove", "remove"]
     return ways
 
 
@@ -318,9 +335,7 @@ def edit(rng, way, items, pool):
             ask = rng.choice(("Sort them, the largest first.", "The largest first.",
                               "Largest first."))
             return ask, sorted(items, reverse=True)
-        ask = rng.choice(("Sort them.", "Sort them, the smallest first.", "Sort the list.",
-                          "Sort it.", "Sort."))
-        return ask, sorted(items)
+        return rng.choice(SORT), sorted(items)
     if way == "add":
         new = rng.choice([item for item in pool if item not in items])
         if rng.random() < 0.6:
@@ -343,16 +358,18 @@ def shown(items):
     return f"Here it is: {listed(items)}."
 
 
-def question_of(rng, items):
+def question_of(rng, items, numbers):
     """A question about a list: (query, answer)."""
-    kind = rng.randrange(4)
+    kind = rng.randrange(4 if numbers else 5)
     if kind == 0:
         ask = rng.choice(("How many are there?", "How long is the list?", "How many items?"))
         return ask, f"There are {len(items)}."
     if kind < 3:
-        end, item = ("first", items[0]) if kind == 1 else ("last", items[-1])
-        ask = rng.choice((f"What is the {end} one?", f"What comes {end}?"))
+        place, item = rng.choice((("first", items[0]), ("second", items[1]), ("last", items[-1])))
+        ask = rng.choice((f"What is the {place} one?", f"What comes {place}?"))
         return ask, f"It is {item}."
+    if kind == 4:
+        return rng.choice((*SORT, "Sort them alphabetically.")), NO_NUMBERS
     ask = rng.choice(("Show the list.", "Show me the list.", "What is on the list?",
                       "What is on my list?", "What is in the list?", "Show it."))
     return ask, shown(items)
@@ -372,13 +389,16 @@ def refinement(rng, words):
         start = ""
     elif kind < 0.35:
         # All in one: "Sort 3, 1, 2."
-        what, sort = listed(items), numbers and rng.random() < 0.5
-        items = sorted(items) if sort else items[::-1]
-        yield f"{'Sort' if sort else 'Reverse'} {what}.", shown(items)
+        what, sort = listed(items), rng.random() < 0.5
+        if sort and not numbers:
+            yield f"Sort {what}.", NO_NUMBERS
+        else:
+            items = sorted(items) if sort else items[::-1]
+            yield f"{'Sort' if sort else 'Reverse'} {what}.", shown(items)
         start = ""
     for _ in range(rng.randint(3, 7)):
         if rng.random() < 0.15:
-            ask, answer = question_of(rng, items)
+            ask, answer = question_of(rng, items, numbers)
         else:
             ask, items = edit(rng, rng.choice(edits(items, numbers)), items, pool)
             answer = shown(items)
@@ -422,7 +442,8 @@ def reckon(rng, way, value):
         ask = rng.choice((f"Times {n}.", f"Multiply it by {n}."))
         return ask, f"{value} times {n} is {value * n}.", value * n
     if way == "halve":
-        ask = rng.choice(("Halve it.", "What is half of it?", "Divide it by 2.", "Divide by 2."))
+        ask = rng.choice(("Halve it.", "What is half of it?", "Half of that.", "Divide it by 2.",
+                          "Divide by 2."))
         return ask, f"Half of {value} is {value // 2}.", value // 2
     if way == "odd":
         ask = rng.choice(("Is it odd or even?", "Is it odd?", "Is it even?"))
@@ -456,9 +477,10 @@ def new_sum(rng):
     return ask.format(written), f"{a} {word} {b} is {result}.", result
 
 
-def follow_up(rng, words, n_turns=None):
-    value, n_turns = rng.randint(2, 40), n_turns or rng.randint(3, 8)
-    start = rng.choice(("Start with {}. ", "Take the number {}. ", "I have {} coins. "))
+def follow_up(rng, words):
+    value, n_turns = rng.randint(2, 40), rng.randint(3, 8)
+    start = rng.choice(("Start with {}. ", "Take the number {}. ", "I have {} coins. ",
+                        "I have {} apples. "))
     start = start.format(value)
     if rng.random() < 0.15:
         yield start.strip(), f"The number is {value}."
@@ -596,7 +618,12 @@ def one_dialogue(rng, split, families, mixed):
     kind = rng.random()
     if mixed and others and kind < 0.3:
         more, _ = one_family(rng, split, others)
-        turns, family = turns[: rng.randint(1, 3)] + more, "mixed"
+        at = rng.randint(1, 3)
+        if kind < 0.15:
+            turns = turns[:at] + more
+        else:
+            turns = turns[:at] + more[: rng.randint(1, 3)] + turns[at:]
+        family = "mixed"
     elif mixed and "small talk" in others and kind < 0.4:
         turns.insert(rng.randint(1, len(turns)), talk.chat(rng))
         family = "mixed"
@@ -641,7 +668,8 @@ def generate(split, n, seed=0, families=tuple(FAMILIES), mixed=False):
 
     split: train, val, test, new_words or final_words.
     mixed: people change the subject, so three of ten dialogues go on after one to three turns with
-    one of another family; and they digress, so one of ten is interrupted by a turn of small talk.
+    one of another family, and half of these come back from it after one to three turns; and they
+    digress, so one of ten is interrupted by a turn of small talk.
     """
     for _, dialogue in deal({split: n}, seed, families, mixed):
         yield dialogue

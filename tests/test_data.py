@@ -77,8 +77,12 @@ def test_held_out_words_are_in_no_other_split():
     new, final = NEW_NAMES + NEW_CITIES, FINAL_NAMES + FINAL_CITIES
     assert len(HELD_OUT) == len(new + final) and not HELD_OUT & set(NAMES + CITIES)
     for split, own in (("new_words", new), ("final_words", final)):
+        seen = 0
         for word in own:
-            assert {other for other in splits if word.lower() in words[other]} == {split}, word
+            found = {other for other in splits if word.lower() in words[other]}
+            assert found <= {split}, word
+            seen += len(found)
+        assert seen > 0.9 * len(own)
 
 
 def test_dialogues_have_the_stated_form():
@@ -94,22 +98,26 @@ def test_dialogues_have_the_stated_form():
 
 ANSWERS = {
     "induction": " gives ",
-    "refinement": "Here it is|There are|^It is ",
+    "refinement": "Here it is|There are|^It is |sort numbers",
     "follow-up": " (plus|minus|times|even|odd|more than)|Half of|The number is",
 }
 
 
-def test_mixed_dialogues_go_from_one_family_to_another():
-    """In pairs of families whose answers show which is which: first the one, then the other."""
+def test_mixed_dialogues_go_from_one_family_to_another_and_may_come_back():
+    """In pairs of families whose answers show which is which."""
     for pair in itertools.combinations(ANSWERS, 2):
         dialogues = list(generate("train", 300, seed=1, families=pair, mixed=True))
         mixed = [d["messages"] for d in dialogues if d["family"] == "mixed"]
         assert 50 < len(mixed) < 130
+        back = 0
         for messages in mixed:
             said = [m["content"] for m in messages if m["role"] == "assistant"]
             kinds = [[bool(re.search(ANSWERS[name], answer)) for name in pair] for answer in said]
-            assert sorted(kinds) in (kinds, kinds[::-1])
-            assert kinds[0] == kinds[-1][::-1] and kinds[0].count(True) == 1
+            parts = [kind for kind, _ in itertools.groupby(kinds)]
+            assert parts in ([kinds[0], kinds[0][::-1]], [kinds[0], kinds[0][::-1], kinds[0]])
+            assert kinds[0].count(True) == 1
+            back += len(parts) == 3
+        assert 15 < back < len(mixed) - 15
 
 
 def test_dialogues_are_interrupted_by_small_talk():
@@ -196,23 +204,30 @@ def test_a_short_question_asks_for_what_the_one_before_it_asked():
 
 
 def test_a_question_about_a_list_is_answered_by_the_list_before():
-    asked = 0
+    asked = unsorted = 0
     for d in generate("train", 300, families=("refinement",)):
         turns = [m["content"] for m in d["messages"] if m["role"] != "system"]
         items = None
         for query, answer in zip(turns[::2], turns[1::2]):
             if ": " in query:
                 items = query.split(": ")[1].split(".")[0].split(", ")
+            elif items is None:  # "Sort fish, corn."
+                items = query.split(" ", 1)[1].rstrip(".").split(", ")
             if answer.startswith("Here it is: "):
                 items = answer.removeprefix("Here it is: ").rstrip(".").split(", ")
                 continue
             asked += 1
             if answer.startswith("There are "):
                 assert numbers(answer) == [len(items)]
+            elif answer == "I can only sort numbers.":
+                unsorted += 1
+                assert not items[0].isdigit()
             else:
-                last = " l" in query.split(". ")[-1]  # maybe mistyped, but for its first letter
-                assert answer == f"It is {items[-1] if last else items[0]}."
-    assert asked > 50
+                # It may be mistyped, but for its first letter.
+                place, = re.findall(" ([fsl])", query.split(". ")[-1])
+                item = {"f": items[0], "s": items[1], "l": items[-1]}[place]
+                assert answer == f"It is {item}."
+    assert asked > 50 and unsorted > 10
 
 
 def test_what_was_told_last_holds():
@@ -248,7 +263,7 @@ def test_expansion_answers_stand_in_a_sentence_that_was_told():
         for m in d["messages"]:
             if m["role"] == "user":
                 told += m["content"].split(". ")
-            if m["role"] != "assistant" or "Added" in m["content"]:
+            if m["role"] != "assistant" or m["content"] in ("Noted.", "You have not told me."):
                 continue
             for said in m["content"][:-1].split(". "):
                 said = said.replace(" years old", "")
@@ -257,6 +272,36 @@ def test_expansion_answers_stand_in_a_sentence_that_was_told():
                     fact, person = said.rsplit(" is ", 1)
                     value = fact.split()[-1]
                 assert any(person in sentence and value in sentence for sentence in told)
+
+
+# The words that tell of a thing, and those that ask for it.
+THINGS = {
+    "age": (r"years old|\bage \d", r"old|\bage\b"),
+    "city": (r" lives in|\bcity ", r" live"),
+    "pet": (r" has a |\bpet ", r"\bpet\b"),
+    "job": (r" is a |\bjob ", r"\bjob\b|work"),
+    "food": (r" likes |\bfood ", r"\blike"),
+}
+
+
+def test_expansion_says_that_it_was_not_told_what_no_sentence_tells():
+    untold = 0
+    for d in generate("train", 600, families=("expansion",)):
+        said = [m["content"] for m in d["messages"] if m["role"] != "system"]
+        told = set()
+        for query, answer in zip(said[::2], said[1::2]):
+            sentences = query.split(". ")
+            question = "" if answer == "Noted." else sentences.pop()
+            for sentence in sentences:
+                for name, (tells, _) in THINGS.items():
+                    if re.search(tells, sentence):
+                        told.add((sentence.split()[0].rstrip(":").lower(), name))
+            asked = {name for name, (_, asks) in THINGS.items() if re.search(asks, question)}
+            words = re.findall(r"[\w'-]+", question.lower())
+            if answer == "You have not told me.":
+                untold += len(asked)
+                assert not any((word, name) in told for word in words for name in asked)
+    assert untold > 50
 
 
 def simple(query):
