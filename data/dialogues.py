@@ -121,6 +121,7 @@ FACTS = [
 FACTS = [(answer, told.split("|"), asked.split("|")) for answer, told, asked in FACTS]
 KINDS = "animal band book car city drink film game movie place singer song sport team word".split()
 NUMBERED = ["favorite number", "lucky number", "phone number", "house number", "code", "PIN"]
+NOT_TOLD = "You have not told me."
 NEVER_TOLD = """When is my birthday?|What is my last name?|How tall am I?
 What is my shoe size?|Which car do I drive?|Where was my father born?|What did I eat yesterday?
 How many children do I have?|Which school did I go to?|What is my address?|Am I married?
@@ -203,7 +204,7 @@ def recollection(rng, words):
             yield talk.known(rng)
         elif untold and kind > 0.82:
             questions = NEVER_TOLD if rng.random() < 0.3 else untold[0][2]
-            yield rng.choice(questions).format(**blanks), "You have not told me."
+            yield rng.choice(questions).format(**blanks), NOT_TOLD
         elif not told or (kind < 0.2 and untold):
             n = min(len(untold), rng.choice((1, 2) if told else (1, 1, 2, 3)))
             yield tell(rng, untold[:n], blanks, first=not told)
@@ -297,7 +298,7 @@ def expansion(rng, words):
             if n < len(people) and rng.random() < 0.5:
                 person, untold = people[n], keys
             _, ask, _ = ATTRIBUTES[rng.choice(untold)]
-            query, answer = rng.choice(ask).format(person), "You have not told me."
+            query, answer = rng.choice(ask).format(person), NOT_TOLD
         else:
             query, asked = rng.choice(ask).format(people[i]), (i, key)
         yield f"{text} {query}".strip(), answer

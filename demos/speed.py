@@ -350,14 +350,13 @@ def start_up(a):
     with tempfile.TemporaryDirectory() as folder:
         quick = ["train.py", "--max_iters", "1", "--n_dialogues", "200", "--out_dir", folder]
         peers.run([sys.executable, *quick], cwd=ROOT)
-        starts = {
-            "chat": ["sample.py", "--ckpt", f"{folder}/ckpt.pt"], "torch": ["-c", "import torch"]
-        }
+
+        def start(*code):
+            peers.run([sys.executable, *code], cwd=ROOT, stdin=subprocess.DEVNULL)
+
         calls = {
-            name: functools.partial(
-                peers.run, [sys.executable, *code], cwd=ROOT, stdin=subprocess.DEVNULL
-            )
-            for name, code in starts.items()
+            "chat": functools.partial(start, "sample.py", "--ckpt", f"{folder}/ckpt.pt"),
+            "torch": functools.partial(start, "-c", "import torch"),
         }
         seconds = in_turns(calls, a.repeats(5), a.device)
         chat, alone = statistics.median(seconds["chat"]), statistics.median(seconds["torch"])
