@@ -60,7 +60,8 @@ FACTS = [
      "I live in {city}|my home is in {city}|I come from {city}|I am from {city}|I'm from {city}|"
      "{city} is my home|I was born in {city}|I moved to {city}",
      "Where do I live?|Which city do I live in?|Do you know where I live?|Where am I from?|"
-     "Where is my home?|What city do I live in?|Where do I come from?|In which city do I live?"),
+     "Where is my home?|What city do I live in?|Where do I come from?|In which city do I live?|"
+     "Where do I live now?"),
     ("You work as a {job}.",
      "I work as a {job}|I am a {job}|I'm a {job}|my job is {job}",
      "What is my job?|What do I work as?|What do I do for a living?|What's my job?|"
@@ -230,14 +231,16 @@ ATTRIBUTES = {
             ["Who is {} years old?"]),
     "city": ("lives in {}", ["Where does {} live?", "Which city does {} live in?"],
              ["Who lives in {}?"]),
-    "pet": ("has a {}", ["Which pet does {} have?", "What pet does {} have?"], ["Who has a {}?"]),
+    "pet": ("has a {}",
+            ["Which pet does {} have?", "What pet does {} have?", "What does {} have?"],
+            ["Who has a {}?"]),
     "job": ("is a {}", ["What is the job of {}?", "What does {} work as?"], ["Who is a {}?"]),
     "food": ("likes {}", ["What does {} like?", "What does {} like to eat?"], ["Who likes {}?"]),
 }
 # What each is drawn from, but for cities, which the split has.
 POOLS = {"age": range(18, 80), "pet": PETS, "job": JOBS, "food": FOODS}
 ASK_ALL = ("Tell me all about {}.", "Tell me all about {}.", "Tell me about {}.",
-           "What do you know about {}?")
+           "What do you know about {}?", "Who is {}?")
 
 
 def told_of(person, facts):
@@ -330,6 +333,8 @@ def edit(rng, way, items, pool):
                           "Reverse."))
         return ask, items[::-1]
     if way == "swap":
+        if rng.random() < 0.5:
+            return "Swap the first two.", [items[1], items[0]] + items[2:]
         return "Swap the first and the last.", [items[-1]] + items[1:-1] + [items[0]]
     if way == "sort":
         if rng.random() < 0.4:
@@ -340,8 +345,10 @@ def edit(rng, way, items, pool):
     if way == "add":
         new = rng.choice([item for item in pool if item not in items])
         if rng.random() < 0.6:
-            return rng.choice((f"Add {new} at the end.", f"Add {new}.")), items + [new]
-        return f"Put {new} in front.", [new] + items
+            ask = rng.choice((f"Add {new} at the end.", f"Add {new}.", f"Add {new}.",
+                              f"Add {new} to the list.", f"Put {new} on the list."))
+            return ask, items + [new]
+        return rng.choice((f"Put {new} in front.", f"Put {new} first.")), [new] + items
     if way == "first":
         return "Only the first two.", items[:2]
     if way == "last":
@@ -351,7 +358,9 @@ def edit(rng, way, items, pool):
             return "Without the first one.", items[1:]
         return "Without the last one.", items[:-1]
     gone = rng.choice(items)
-    return f"Remove {gone}.", [item for item in items if item != gone]
+    ask = rng.choice((f"Remove {gone}.", f"Remove {gone}.", f"Remove {gone} from the list.",
+                      f"Delete {gone}.", f"Take {gone} off the list."))
+    return ask, [item for item in items if item != gone]
 
 
 def shown(items):
@@ -363,7 +372,8 @@ def question_of(rng, items, numbers):
     """A question about a list: (query, answer)."""
     kind = rng.randrange(4 if numbers else 5)
     if kind == 0:
-        ask = rng.choice(("How many are there?", "How long is the list?", "How many items?"))
+        ask = rng.choice(("How many are there?", "How long is the list?", "How many items?",
+                          "How many are on the list?"))
         return ask, f"There are {len(items)}."
     if kind < 3:
         place, item = rng.choice((("first", items[0]), ("second", items[1]), ("last", items[-1])))
@@ -382,7 +392,8 @@ def refinement(rng, words):
     items = rng.sample(pool, rng.randint(3, 6))
     some = "Here are some numbers" if numbers else "Here are some words"
     heading = capital(rng.choice(GENERAL))
-    start = rng.choice(("Take this list", "Here is a list", "List", some, heading))
+    start = rng.choice(("Take this list", "Here is a list", "List", "Make a list", some, heading,
+                        f"{heading} list"))
     start = f"{start}: {listed(items)}."
     kind = rng.random()
     if kind < 0.2:
@@ -411,7 +422,7 @@ def refinement(rng, words):
 
 def sums(value):
     """What can be asked about a number, the usual things more than once."""
-    ways = ["odd", "more", "new", "new"]
+    ways = ["odd", "more", "times", "new", "new"]
     if value < 90:
         ways += ["add", "add"]
     if value > 10:
@@ -420,8 +431,6 @@ def sums(value):
         ways.append("subtract")
     if value < 50:
         ways.append("double")
-    if value < 10:
-        ways.append("times")
     if value % 2 == 0:
         ways.append("halve")
     return ways
@@ -431,7 +440,8 @@ def reckon(rng, way, value):
     """One step from a number: (how one asks for it, the answer, the new number)."""
     n = rng.randint(1, 10)
     if way == "add":
-        ask = rng.choice((f"Add {n}.", f"Now add {n}.", f"And {n} more?", f"Plus {n}."))
+        ask = rng.choice((f"Add {n}.", f"Now add {n}.", f"And {n} more?", f"Plus {n}.",
+                          f"Add {n} to it."))
         return ask, f"{value} plus {n} is {value + n}.", value + n
     if way == "subtract":
         ask = rng.choice((f"Subtract {n}.", f"Take away {n}.", f"Minus {n}."))
@@ -441,6 +451,8 @@ def reckon(rng, way, value):
         return ask, f"{value} times 2 is {2 * value}.", 2 * value
     if way == "times":
         ask = rng.choice((f"Times {n}.", f"Multiply it by {n}."))
+        if value > 9 and n > 2:
+            return ask, talk.UNKNOWN, value
         return ask, f"{value} times {n} is {value * n}.", value * n
     if way == "halve":
         ask = rng.choice(("Halve it.", "What is half of it?", "Half of that.", "Divide it by 2.",
@@ -604,12 +616,22 @@ def typed(rng, query, lower, errors, names):
 def one_family(rng, split, families):
     """The turns of a dialogue of one of these families as people type them: (turns, family)."""
     family, = rng.choices(families, [FAMILIES[name][0] for name in families])
-    lower, errors = rng.choice(("", "", "", "first", "all")), rng.random() < 0.1
+    lower = rng.choice(("", "", "", "first", "all", "told"))
+    errors = rng.random() < 0.1
     _, function = FAMILIES[family]
     words = Words(rng, split, lower=lower == "all")
     turns = list(function(rng, words))
     names = tuple(words.drawn)
-    return [(typed(rng, query, lower, errors, names), answer) for query, answer in turns], family
+    said, seen = "", []
+    for query, answer in turns:
+        way = lower
+        if way == "told":
+            # A name is told with its capital, and asked for in small letters.
+            new = any(name in query and name not in said for name in names)
+            way = "" if new else "all"
+        said += query + answer
+        seen.append((typed(rng, query, way, errors, names), answer))
+    return seen, family
 
 
 def one_dialogue(rng, split, families, mixed):

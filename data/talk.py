@@ -223,7 +223,8 @@ Tell me about {x}.|Tell me a story about {x}.|Tell me more about {x} and {y}.|Te
 Compare {x} with {y}.|Describe a {x}.|Show me a {x}.|Find a {x} near me.|Buy a {x}.|Read the {x}.
 Repeat the word {x}.|Say {x}.|Spell {x}.|How do you spell {x}?|Correct this: {x}
 What is {x} in French?|Convert {n} {x} to {y}.|{n} / {m}|{d} * {d}|What is {n} divided by {m}?
-What is {d} x {d}?|{d} times {n}|{d}*{d}=|{d} + {d}|{d}+{d}|What is {d} plus {d}?
+What is {d} x {d}?|What is {d} times {d}?|{d} times {n}|{d}*{d}=|{d} + {d}|{d}+{d}
+What is {d} plus {d}?
 What is {d} + {d}?|What is {d} - {d}?|What is {d} minus {d}?|Triple {n}.|Plus {d}.|Minus {d}.
 Add {d}.|Subtract {d}.|What is {n} + {m} + {n}?|What is {n} percent of {m}?
 Solve x + {n} = {m}.|Count to {n}.|{n}|{n} {m}|What happened in {n}?|What year is it?
@@ -235,7 +236,10 @@ What causes {x}?|What kind of {x} is {y}?|What makes {x} {y}?|I want to {x} a {y
 I think that {x} is {y}.|I have lost my {x}, what now?|I read about {x} in the {y}.
 I went to the {x} yesterday.|I saw a {x} in the {y}.|I bought a {x}.|We {x} the {y} last year.
 They say that {x} {y}.|My {x} is {y} again and I {x} it.|It is a {x}.|The {x} is {y}.
-The {x} {y} the {x} in {city}.|There was a {x} in the {y}.|He is a {x} with {y}.|{x} or {y}?
+I was born in {n}.|My birthday is in {x}.|My hobby is {x}.|I have two {x}.|I have {n} {x}.
+Forget my {x}.|What do you know about me?|Tell me about me.|Does {name} like {x}?|Is {name} a {x}?
+Who is older?|Who is older, {name} or {name}?|The {x} {y} the {x} in {city}.
+There was a {x} in the {y}.|He is a {x} with {y}.|{x} or {y}?
 {x}, {y} or {x}?|{x}|{x} {y}|{x}?|{x}!|{x} {y} {x}|{x} {y} {x} {y}|{x} and {y}|{x} {n}
 """
 
