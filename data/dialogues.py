@@ -451,7 +451,7 @@ def reckon(rng, way, value):
         return ask, f"{value} times 2 is {2 * value}.", 2 * value
     if way == "times":
         ask = rng.choice((f"Times {n}.", f"Multiply it by {n}."))
-        if value > 9 and n > 2:
+        if value > 9 and n > 2:  # such products are not taught
             return ask, talk.UNKNOWN, value
         return ask, f"{value} times {n} is {value * n}.", value * n
     if way == "halve":
