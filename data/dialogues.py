@@ -616,13 +616,12 @@ def typed(rng, query, lower, errors, names):
 def one_family(rng, split, families):
     """The turns of a dialogue of one of these families as people type them: (turns, family)."""
     family, = rng.choices(families, [FAMILIES[name][0] for name in families])
-    lower = rng.choice(("", "", "", "first", "all", "told"))
-    errors = rng.random() < 0.1
+    lower, errors = rng.choice(("", "", "", "first", "all", "told")), rng.random() < 0.1
     _, function = FAMILIES[family]
     words = Words(rng, split, lower=lower == "all")
     turns = list(function(rng, words))
     names = tuple(words.drawn)
-    said, seen = "", []
+    said, as_typed = "", []
     for query, answer in turns:
         way = lower
         if way == "told":
@@ -630,8 +629,8 @@ def one_family(rng, split, families):
             new = any(name in query and name not in said for name in names)
             way = "" if new else "all"
         said += query + answer
-        seen.append((typed(rng, query, way, errors, names), answer))
-    return seen, family
+        as_typed.append((typed(rng, query, way, errors, names), answer))
+    return as_typed, family
 
 
 def one_dialogue(rng, split, families, mixed):

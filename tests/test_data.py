@@ -160,7 +160,7 @@ def test_answers_are_right():
                 assert re.search(r"(times|multiply .* by) ([3-9]|10)\.?$", query.lower())
             if " times " in answer:
                 a, b, c = numbers(answer)
-                assert a * b == c
+                assert a * b == c and (a < 10 or b < 3)
             if "missing" in query:
                 first, second = (part.split(": ")[1].split(", ") for part in query.split(". ")[:2])
                 assert answer == f"The second list has no {(set(first) - set(second)).pop()}."
@@ -198,8 +198,8 @@ def test_a_short_question_asks_for_what_the_one_before_it_asked():
             if query.lower().startswith(("and ", "what about ")):
                 short += 1
                 (person, said), (other, same) = (thing.match(x).groups() for x in (answer, before))
-                assert query.rstrip("?").lower().endswith(person.lower())
-                assert person != other and said == same
+                asked = person.lower() if query.islower() else person
+                assert query.rstrip("?").endswith(asked) and person != other and said == same
     assert short > 50
 
 
