@@ -543,10 +543,29 @@ def equalize(x):
     if x.shape[1] > x.shape[2]:
         return equalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # For a smaller model there is nothing to gain: of its steps Muon is 2 %.
+    if x.shape[1] > 128 and x.shape[2] > x.shape[1]:
+        return equalize_wide(x)
     for a, b, c in POLYNOMIALS:
         square = x @ x.mT  # (N, r, r)
         x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
     return x
+
+
+def equalize_wide(x):
+    """The same, but for the first and the last product by products of small squares alone.
+
+    What x becomes is factor @ x. The square of that is factor @ x @ x.mT @ factor, since a factor
+    is a polynomial in x @ x.mT. In an 11M model Muon's products take 0.6 times as long, a step on
+    two cores 0.96 times in float32, 0.89 times in bfloat16.
+    """
+    first, factor = x @ x.mT, None  # (N, r, r)
+    for a, b, c in POLYNOMIALS:
+        square = first if factor is None else factor @ first @ factor
+        move = torch.baddbmm(square, square, square, beta=b, alpha=c)  # (N, r, r)
+        move.diagonal(dim1=1, dim2=2).add_(a)
+        factor = move if factor is None else move @ factor
+    return factor @ x
 
 
 def make_optimizer(model, s):

@@ -148,7 +148,7 @@ def training(a):
     some = Some(split, 30 if a.quick else 120)
     splits = {"train": some, "test": Some(some, 1)}
     seconds = {name: [] for name in ("causal", "ism", "prefix")}
-    for turn in range(a.repeats(12) + 1):
+    for turn in range(a.repeats(20) + 1):
         # There and back: a pass takes some 3 % longer or less after one that takes long.
         for name in list(seconds)[:: (-1) ** turn]:
             n_tokens = s.batch_size * s.block_size

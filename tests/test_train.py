@@ -39,12 +39,16 @@ def test_learning_rate():
     assert all(a >= b for a, b in zip(rates[60:], rates[61:]))
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 24), (2, 24, 64)])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 24), (2, 24, 64),
+                                   (1, 136, 300), (2, 400, 150)])
 def test_singular_values_are_moved_to_about_one(shape):
     """Against the polynomial of the singular values themselves, in float64."""
     for seed in range(20):
         scale = 10.0 ** (seed % 7 - 3)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+        few = seed % 2 == 1
+        if few:  # of the directions carry nearly all, as in a momentum
+            x[:, :, 8:] *= 1e-3
         u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
         values = values / values.square().sum(1, keepdim=True).sqrt()
         for a, b, c in POLYNOMIALS:
@@ -52,7 +56,7 @@ def test_singular_values_are_moved_to_about_one(shape):
         expected, found = u * values[:, None] @ v, equalize(x)
         assert found.dtype == torch.float32 and (found - expected).norm() < 1e-3 * expected.norm()
         values = torch.linalg.svdvals(found)
-        assert 0.6 < values.median() < 1.7 and 0.1 < values.min() and values.max() < 2
+        assert few or 0.6 < values.median() < 1.7 and 0.1 < values.min() and values.max() < 2
 
 
 def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
