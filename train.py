@@ -543,7 +543,7 @@ def equalize(x):
     if x.shape[1] > x.shape[2]:
         return equalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    # For a smaller model there is nothing to gain: of its steps Muon is 2 %.
+    # Smaller ones gain little: all of Muon is 8 % of a step of a default run.
     if x.shape[1] > 128 and x.shape[2] > x.shape[1]:
         return equalize_wide(x)
     for a, b, c in POLYNOMIALS:
