@@ -616,7 +616,8 @@ def typed(rng, query, lower, errors, names):
 def one_family(rng, split, families):
     """The turns of a dialogue of one of these families as people type them: (turns, family)."""
     family, = rng.choices(families, [FAMILIES[name][0] for name in families])
-    lower, errors = rng.choice(("", "", "", "first", "all", "told")), rng.random() < 0.1
+    lower = rng.choice(("", "", "", "first", "all", "told"))
+    errors = rng.random() < 0.1
     _, function = FAMILIES[family]
     words = Words(rng, split, lower=lower == "all")
     turns = list(function(rng, words))
