@@ -3,11 +3,13 @@ Other programs that do the same work, for demos/speed.py: how each is run, how f
 
 None of them is part of this project: a checkout or an installation of it is named by the user.
 """
-import pickle
+import contextlib
+import io
+import math
 import re
+import runpy
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,24 +26,38 @@ def run(command, **options):
     return done
 
 
-def nanogpt(checkout, tokens, vocab_size, shape):
-    """(loss, seconds) of each step of nanoGPT."""
-    layers, heads, width, rows, steps = shape
-    with tempfile.TemporaryDirectory() as folder:
-        for name, part in (("train", tokens[:-20000]), ("val", tokens[-20000:])):
-            part.astype(np.uint16).tofile(f"{folder}/{name}.bin")
-        Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
-        flags = {
-            "n_layer": layers, "n_head": heads, "n_embd": width, "batch_size": rows,
-            "block_size": 256, "max_iters": steps, "lr_decay_iters": steps, "device": "cpu",
-            "compile": False, "eval_iters": 1, "log_interval": 1, "dropout": 0.0,
-            "warmup_iters": 20, "dataset": folder, "out_dir": folder,
-        }
-        command = [sys.executable, "train.py", "config/train_shakespeare_char.py"]
-        command += [f"--{name}={value}" for name, value in flags.items()]
-        printed = run(command, cwd=checkout).stdout
-    lines = re.findall(r"iter \d+: loss ([\d.]+), time ([\d.]+)ms", printed)
-    return [(float(loss), float(ms) / 1000) for loss, ms in lines][:steps]
+def nanogpt(checkout, vocab_size, layers, heads, width, steps):
+    """A step of nanoGPT's training in float32, as its train.py has it on a CPU.
+
+    -> a function (tokens, targets), (B, T) each, targets of -1 without a loss -> the loss. The
+    rates are those of its config/train_shakespeare_char.py, without dropout.
+    """
+    theirs = runpy.run_path(str(Path(checkout, "model.py")))
+    torch.manual_seed(1337)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = theirs["GPT"](theirs["GPTConfig"](
+            block_size=256, vocab_size=vocab_size, n_layer=layers, n_head=heads, n_embd=width,
+            dropout=0.0, bias=False,
+        ))
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    taken, warmup = 0, 20
+
+    def step(tokens, targets):
+        nonlocal taken
+        # Linear warm-up, then a cosine down to a tenth.
+        cooled = max(0, (taken - warmup) / (steps - warmup))
+        rate = min((taken + 1) / (warmup + 1), 0.55 + 0.45 * math.cos(math.pi * cooled))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * rate
+        taken += 1
+        _, loss = model(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
 
 
 def llama(config):

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ from demos.output import check_writable, color, picture, plt
 from mask import MASKS, causal, ism
 from model import GPT, PACKED, Cache, GPTConfig, choose_attention, one_by_one
 from sample import Chat, stored
-from train import Settings, make_optimizer, train
+from train import Settings, make_optimizer, model_config, predicted, train
 
 SHAPES = {  # of decoding: on a CPU a small model, on a GPU one of the 1B class
     "cpu": {
@@ -200,48 +200,74 @@ class Pieces(Split):
 
 
 def nanogpt(a):
-    """nanoGPT's train.py as its README has it on a CPU, and ours on the same tokens and shapes.
+    """Steps of nanoGPT and of ours on the same batches, in turns.
 
-    Causal, with a loss on all tokens. A loss is the mean of ten steps. Ours comes to nanoGPT's last
-    loss in fewer steps, so both ratios are told: of a step, and of the way there.
+    First with a loss on all tokens of a text, both causal and of the same number of parameters.
+    Then as `python train.py` would have it for so many layers of that width: dialogues, ISM, a loss
+    on answers alone.
     """
     tokenizer, length = Tokenizer(), 256
-    tokens = Split(prepare(tokenizer, length, "", 12000), "train").tokens
+    dialogues = Split(prepare(tokenizer, length, "", 12000), "train")
     found = {}
     for layers, heads, width, rows, steps in NANOGPT:
-        theirs = peers.nanogpt(a.nanogpt, tokens, tokenizer.vocab_size,
-                               (layers, heads, width, rows, steps))
-        config = GPTConfig(tokenizer.vocab_size, length, layers, heads, heads, width,
-                           n_hidden=round(width / 3) * 8)
-        torch.manual_seed(0)
-        s = Settings(mask="causal", answers_only=False, max_iters=steps, warmup_iters=20,
-                     batch_size=rows, device=str(a.device), dtype=str(a.dtype)[6:])
-        pieces = Pieces(tokens[:-20000], rows * steps, length)
-        ours, ends = [], [time.perf_counter()]
-
-        def watch(_, loss, ours=ours, ends=ends):
-            ends.append(time.perf_counter())
-            ours.append((float(loss), ends[-1] - ends[-2]))
-
-        train(s, GPT(config), {"train": pieces, "test": Some(pieces, 1)}, watch)
-        found[f"{layers} layers, width {width}"] = beside(theirs, ours, rows * length)
+        s = Settings(n_layer=layers, n_head=heads, n_embd=width, batch_size=rows, max_iters=steps,
+                     warmup_iters=20, device=str(a.device), dtype=str(a.dtype)[6:])
+        alike = GPTConfig(tokenizer.vocab_size, length, layers, heads, heads, width,
+                          n_hidden=round(width / 3) * 8)
+        on_all = replace(s, mask="causal", answers_only=False)
+        text = Pieces(dialogues.tokens, rows * steps, length)
+        size = f"{layers} layers, width {width}"
+        for name, how, split, config in (
+            ("all tokens", on_all, text, alike),
+            ("answers", s, dialogues, model_config(s, tokenizer.vocab_size)),
+        ):
+            theirs = peers.nanogpt(a.nanogpt, tokenizer.vocab_size, layers, heads, width, steps)
+            torch.manual_seed(0)
+            found[f"{size}, loss on {name}"] = beside(how, split, GPT(config), theirs)
     return found
 
 
-def beside(theirs, ours, tokens):
-    """What two runs of (loss, seconds) have to do with each other."""
-    found, seconds, curves = {}, {}, {}
-    for name, steps in (("nanoGPT", theirs), ("ours", ours)):
-        seconds[name] = statistics.median(s for _, s in steps[5:])
-        losses = [loss for loss, _ in steps]
+def beside(s, split, model, theirs):
+    """Train the model by the settings, and after each step theirs, on what it was trained on."""
+    mask, steps = MASKS[s.mask], {"ours": [], "nanoGPT": []}
+    batches = iter(split.batches(split.rows(mask), s.batch_size * s.block_size, (s.seed, 0)))
+    began = time.perf_counter()
+
+    def watch(_, loss):
+        nonlocal began
+        steps["ours"].append((float(loss), time.perf_counter() - began))
+        tokens, segments = split.collate(next(batches))  # (B, T) each
+        at, targets = predicted(tokens, segments, mask(segments), s.answers_only)  # (N,) each
+        spread = torch.full(tokens.shape, -1)  # (B, T)
+        spread.view(-1)[at] = targets
+        began = time.perf_counter()
+        loss = theirs(tokens, spread)
+        steps["nanoGPT"].append((loss, time.perf_counter() - began))
+        began = time.perf_counter()
+
+    train(s, model, {"train": split, "test": Some(split, 1)}, watch)
+    return compared(steps)
+
+
+def compared(steps):
+    """What two runs of (loss, seconds) have to do with each other. A loss is a mean of ten steps.
+
+    Ours comes to nanoGPT's last loss in fewer steps, so both are told: a step, and the way there.
+    """
+    # The first steps prepare kernels and memory.
+    seconds = {name: [s for _, s in found[5:]] for name, found in steps.items()}
+    curves = {}
+    for name, found in steps.items():
+        losses = [loss for loss, _ in found]
         curves[name] = [statistics.mean(losses[i : i + 10]) for i in range(len(losses) - 9)]
-        found[f"{name}, tokens/s"] = tokens / seconds[name]
-        found[f"{name}, loss after {len(steps)} steps"] = curves[name][-1]
-    found["times as fast a step"] = seconds["nanoGPT"] / seconds["ours"]
+    step = ratio(seconds, "nanoGPT", "ours")
+    found = {"times as fast a step": step}
+    for name, curve in curves.items():
+        found[f"{name}, last loss"] = curve[-1]
     reached = [10 + i for i, loss in enumerate(curves["ours"]) if loss <= curves["nanoGPT"][-1]]
     if reached:
         found["ours, steps to nanoGPT's last loss"] = reached[0]
-        way = len(theirs) * seconds["nanoGPT"] / (reached[0] * seconds["ours"])
+        way = len(steps["nanoGPT"]) / reached[0] * step["ratio"]
         found["times as fast to nanoGPT's last loss"] = way
     return found
 

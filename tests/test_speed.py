@@ -3,16 +3,20 @@
 What they are is no matter of a test.
 """
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_chat import run
 
+from data.loader import Split, prepare
+from data.tokenizer import Tokenizer
 from demos import speed
 from model import GPT, GPTConfig
-from train import Settings, train
+from train import Settings, make_optimizer, model_config, rate_at, train
 
 
 @pytest.mark.slow
@@ -45,6 +49,47 @@ def test_pieces_of_text_train_with_a_loss_on_all_tokens():
     train(s, model, {"train": pieces, "test": speed.Some(pieces, 1)}, watch)
     assert [seen for _, seen in losses] == [0, 32, 64, 96]  # counted when the next step begins
     assert losses[-1][0] < losses[0][0]
+
+
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_a_peer_trains_on_the_tokens_and_the_targets_of_ours(answers_only, monkeypatch):
+    """So a twin of our model, trained as the peer in its place, has the same losses."""
+    tokenizer = Tokenizer()
+    split = Split(prepare(tokenizer, 256, "", 400), "train")
+    s = Settings(mask="causal", answers_only=answers_only, batch_size=1, max_iters=12,
+                 device="cpu", dtype="float32")
+    torch.manual_seed(0)
+    model = GPT(model_config(s, tokenizer.vocab_size))
+    twin = copy.deepcopy(model)
+    optimizer, losses = make_optimizer(twin, s), []
+
+    def step(tokens, targets):
+        loss = F.cross_entropy(twin(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), s.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(len(losses), s)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        return losses[-1]
+
+    found = speed.beside(s, split, model, step)
+    assert len(losses) == s.max_iters and losses[-1] < losses[0]
+    theirs = found["nanoGPT, last loss"]
+    assert theirs == pytest.approx(np.mean(losses[-10:]))
+    assert found["ours, last loss"] == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_way_to_a_peers_loss_counts_steps_and_their_times():
+    steps = {
+        "ours": [(10 - i, 2.0) for i in range(20)],  # after the 15th a mean of ten is 0.5
+        "nanoGPT": [(0.5, 1.0)] * 20,
+    }
+    found = speed.compared(steps)
+    assert found["times as fast a step"]["ratio"] == 0.5
+    assert found["ours, steps to nanoGPT's last loss"] == 15
+    assert found["times as fast to nanoGPT's last loss"] == pytest.approx(20 / 15 * 0.5)
 
 
 @pytest.mark.parametrize(
