@@ -513,19 +513,24 @@ class Muon(torch.optim.AdamW):
 
     def step_together(self, matrices, rate, weight_decay):
         """A step of matrices of one shape. Their gradients go, so that AdamW leaves them alone."""
-        pushes = []
-        for p in matrices:
+        rows, columns = matrices[0].shape
+        blocks = -(-rows // BLOCK) if min(rows, columns) > BLOCK else 1
+        height = -(-rows // blocks)
+        # Below the last row there may be a few of zeros, which change nothing.
+        pushes = matrices[0].new_zeros(len(matrices), blocks * height, columns)
+        for p, push in zip(matrices, pushes):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
                 state["step"] = torch.zeros(())  # AdamW wants a step where there is a state
             momentum = state["momentum"].lerp_(p.grad, 0.05)
-            pushes.append(torch.lerp(p.grad, momentum, 0.95))
+            torch.lerp(p.grad, momentum, 0.95, out=push[:rows])
             p.grad = None
+        equal = equalize(pushes.view(-1, height, columns)).reshape(pushes.shape)
         # With 0.2 in place of 0.1 steps would be as large as AdamW's.
-        size = rate * 0.1 * max(matrices[0].shape) ** 0.5
-        for p, push in zip(matrices, equalize(torch.stack(pushes))):
-            p.mul_(1 - rate * weight_decay).sub_(push, alpha=size)
+        size = rate * 0.1 * max(height, columns) ** 0.5
+        for p, push in zip(matrices, equal):
+            p.mul_(1 - rate * weight_decay).sub_(push[:rows], alpha=size)
 
 
 # Polynomials a s + b s^3 + c s^5 of a singular value s, each the best one for what those before
@@ -537,35 +542,22 @@ POLYNOMIALS = (
     (3.9095949, -2.8233517, 0.5250370),
 )
 
+# Larger matrices are cut into blocks of at most so many rows, each equalized by itself, as in most
+# steps of MuonBP (Khaled et al., 2025, arXiv:2510.16981). With 9.4M parameters a step takes 0.90
+# times as long as with whole matrices in float32, 0.86 times in bfloat16. After 400 steps the loss
+# was 0.341, with whole ones 0.344.
+BLOCK = 128
+
 
 def equalize(x):
     """Matrices (N, r, c) in float32 with their singular values, small and large, moved near 1."""
     if x.shape[1] > x.shape[2]:
         return equalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    # Smaller ones gain little: all of Muon is 8 % of a step of a default run.
-    if x.shape[1] > 128 and x.shape[2] > x.shape[1]:
-        return equalize_wide(x)
     for a, b, c in POLYNOMIALS:
         square = x @ x.mT  # (N, r, r)
         x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
     return x
-
-
-def equalize_wide(x):
-    """The same, but for the first and the last product by products of small squares alone.
-
-    What x becomes is factor @ x. The square of that is factor @ x @ x.mT @ factor, since a factor
-    is a polynomial in x @ x.mT. In an 11M model Muon's products take 0.6 times as long, a step on
-    two cores 0.96 times in float32, 0.89 times in bfloat16.
-    """
-    first, factor = x @ x.mT, None  # (N, r, r)
-    for a, b, c in POLYNOMIALS:
-        square = first if factor is None else factor @ first @ factor
-        move = torch.baddbmm(square, square, square, beta=b, alpha=c)  # (N, r, r)
-        move.diagonal(dim1=1, dim2=2).add_(a)
-        factor = move if factor is None else move @ factor
-    return factor @ x
 
 
 def make_optimizer(model, s):
