@@ -11,7 +11,7 @@ the quartiles of the single ratios, since a shared machine's speed changes withi
 The peers are programs that do the same work. Each is measured only if it is asked for:
 
     --transformers          its `generate` beside our chat, 1 minute
-    --nanogpt FOLDER        a checkout of github.com/karpathy/nanoGPT, 15 minutes on 2 cores
+    --nanogpt FOLDER        a checkout of github.com/karpathy/nanoGPT, 8 minutes on 2 fast cores
     --llama2c FOLDER        a checkout of github.com/karpathy/llama2.c, for gcc, 1 minute
     --real FOLDER           a real model, from demos/real.py; with --transformers 2 minutes
     --llamacpp FOLDER       where `npm install node-llama-cpp` was run, beside --real, 1 minute
@@ -69,7 +69,7 @@ class Speed:
     dtype: str = setting("auto", "of the computation in training", machine.DTYPES)
     quick: bool = setting(False, "fewer repeats")
     transformers: bool = setting(False, "beside transformers (1 minute)")
-    nanogpt: str = setting("", "a checkout of nanoGPT to train beside (15 minutes)")
+    nanogpt: str = setting("", "a checkout of nanoGPT to train beside (8 minutes)")
     llama2c: str = setting("", "a checkout of llama2.c to decode beside (1 minute)")
     real: str = setting("", "the folder of a real model to decode (2 minutes)")
     llamacpp: str = setting("", "a folder with node-llama-cpp to decode --gguf with (1 minute)")
