@@ -40,20 +40,20 @@ def nanogpt(checkout, vocab_size, layers, heads, width, steps):
             dropout=0.0, bias=False,
         ))
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    taken, warmup = 0, 20
+
+    def rate(taken, warmup=20):
+        """Linear warm-up, then a cosine down to a tenth."""
+        cooled = max(0, (taken - warmup) / (steps - warmup))
+        return min((taken + 1) / (warmup + 1), 0.55 + 0.45 * math.cos(math.pi * cooled))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
     def step(tokens, targets):
-        nonlocal taken
-        # Linear warm-up, then a cosine down to a tenth.
-        cooled = max(0, (taken - warmup) / (steps - warmup))
-        rate = min((taken + 1) / (warmup + 1), 0.55 + 0.45 * math.cos(math.pi * cooled))
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * rate
-        taken += 1
         _, loss = model(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 

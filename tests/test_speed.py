@@ -52,7 +52,7 @@ def test_pieces_of_text_train_with_a_loss_on_all_tokens():
 
 
 @pytest.mark.parametrize("answers_only", [True, False])
-def test_a_peer_trains_on_the_tokens_and_the_targets_of_ours(answers_only, monkeypatch):
+def test_a_peer_trains_on_the_tokens_and_the_targets_of_ours(answers_only):
     """So a twin of our model, trained as the peer in its place, has the same losses."""
     tokenizer = Tokenizer()
     split = Split(prepare(tokenizer, 256, "", 400), "train")

@@ -39,7 +39,8 @@ def test_learning_rate():
     assert all(a >= b for a, b in zip(rates[60:], rates[61:]))
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 24), (2, 24, 64), (2, 128, 300)])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 40, 24), (2, 24, 64), (2, 128, 300),
+                                   (1, 136, 300), (2, 400, 150)])
 def test_singular_values_are_moved_to_about_one(shape):
     """Against the polynomial of the singular values themselves, in float64."""
     for seed in range(20):
