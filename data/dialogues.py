@@ -35,6 +35,7 @@ from data.words import (
     TYPED_WRONG,
     Random,
     Words,
+    invented,
     misspelled,
 )
 
@@ -312,6 +313,7 @@ def expansion(rng, words):
 
 SORT = "Sort them.", "Sort them, the smallest first.", "Sort the list.", "Sort it.", "Sort."
 NO_NUMBERS = "I can only sort numbers."
+HEADINGS = "shopping groceries todo to-do packing wishes guests tasks errands items words".split()
 
 
 def edits(items, numbers):
@@ -388,12 +390,15 @@ def question_of(rng, items, numbers):
 
 def refinement(rng, words):
     numbers = rng.random() < 0.5
-    pool = list(range(1, 10)) if numbers else rng.choice((FOODS, PETS, COLORS, LETTERS))
+    pool = list(range(1, 10)) if numbers else rng.choice((FOODS, PETS, COLORS, LETTERS, None))
+    if pool is None:
+        # Any words at all, so that what is on a list has to be copied.
+        pool = rng.sample(GENERAL, 6) + [invented(rng).lower() for _ in range(6)]
     items = rng.sample(pool, rng.randint(3, 6))
     some = "Here are some numbers" if numbers else "Here are some words"
-    heading = capital(rng.choice(GENERAL))
+    heading = capital(rng.choice(rng.choice((HEADINGS, GENERAL))))
     start = rng.choice(("Take this list", "Here is a list", "List", "Make a list", some, heading,
-                        f"{heading} list"))
+                        heading, f"{heading} list"))
     start = f"{start}: {listed(items)}."
     kind = rng.random()
     if kind < 0.2:
@@ -480,6 +485,10 @@ def new_sum(rng):
     if kind < 0.4:
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         sign, word, result = rng.choice("*x"), "times", a * b
+        if rng.random() < 0.3:
+            # The same product backwards.
+            sign, word = "/", "divided by"
+            a, result = result, a
     else:
         a, b = rng.randint(1, rng.choice((20, 60, 200))), rng.randint(1, 9)
         sign, word, result = "+", "plus", a + b

@@ -222,9 +222,9 @@ Call {name}.|Draw a {x}.|Imagine that you are a {x}.|Pretend to be a {x}.|Search
 Tell me about {x}.|Tell me a story about {x}.|Tell me more about {x} and {y}.|Tell me how to {x}.
 Compare {x} with {y}.|Describe a {x}.|Show me a {x}.|Find a {x} near me.|Buy a {x}.|Read the {x}.
 Repeat the word {x}.|Say {x}.|Spell {x}.|How do you spell {x}?|Correct this: {x}
-What is {x} in French?|Convert {n} {x} to {y}.|{n} / {m}|{d} * {d}|What is {n} divided by {m}?
-What is {d} x {d}?|What is {d} times {d}?|{d} times {n}|{d}*{d}=|{d} + {d}|{d}+{d}
-What is {d} plus {d}?
+What is {x} in French?|Convert {n} {x} to {y}.|{d} / {d}|{d} * {d}|{d}/{d}
+What is {d} divided by {d}?|What is {d} x {d}?|What is {d} times {d}?|{d} times {n}|{d}*{d}=
+{d} + {d}|{d}+{d}|What is {d} plus {d}?
 What is {d} + {d}?|What is {d} - {d}?|What is {d} minus {d}?|Triple {n}.|Plus {d}.|Minus {d}.
 Add {d}.|Subtract {d}.|What is {n} + {m} + {n}?|What is {n} percent of {m}?
 Solve x + {n} = {m}.|Count to {n}.|{n}|{n} {m}|What happened in {n}?|What year is it?

@@ -227,13 +227,17 @@ ONSETS = "b br c ch d dr f fl g gr h j k kw l m n p q r s sh st sz t th tr v w x
 VOWELS = "a e i o u y ai au ee ia oo ou".split()
 CODAS = ["", "", "", "", "l", "m", "n", "r", "s", "x", "k", "ng"]
 HELD_OUT = {*NEW_NAMES, *NEW_CITIES, *FINAL_NAMES, *FINAL_CITIES}
+# Letters of two bytes, which a model has to copy whole.
+ACCENTS = {"a": "áàâäãåæą", "c": "çčć", "d": "ðđ", "e": "éèêëęě", "g": "ğ", "i": "íìîïı", "l": "ł",
+           "n": "ñńň", "o": "óòôöõøœ", "r": "řŕ", "s": "šśşß", "t": "ţť", "u": "úùûüůű", "y": "ýÿ",
+           "z": "žźż"}
 
 
 def invented(rng):
     """A word that nobody has seen before, with a capital.
 
     Two of three go from letter to letter as names do, one is made of syllables as they come. Some
-    have a sign in them.
+    have a sign in them, some a letter with an accent.
     """
     while True:
         if rng.random() < 0.67:
@@ -245,6 +249,8 @@ def invented(rng):
             word = ""
             for _ in range(rng.choice((1, 2, 2, 3))):
                 word += rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
+        if rng.random() < 0.1:
+            word = accented(rng, word)
         word = word.title()
         sign = rng.random()
         if sign < 0.03:
@@ -253,6 +259,12 @@ def invented(rng):
             word = f"{word}-{invented(rng)}"
         if 2 <= len(word) <= 11 and word not in HELD_OUT:
             return word
+
+
+def accented(rng, word):
+    """A word with an accent on one of its letters, if there is one for that letter."""
+    i = rng.randrange(len(word))
+    return word[:i] + rng.choice(ACCENTS.get(word[i], word[i])) + word[i + 1 :]
 
 
 def misspelled(rng, word):

@@ -96,7 +96,7 @@ def test_dialogues_have_the_stated_form():
 ANSWERS = {
     "induction": " gives ",
     "refinement": "Here it is|There are|^It is |sort numbers",
-    "follow-up": " (plus|minus|times|even|odd|more than)|Half of|The number is|not taught",
+    "follow-up": " (plus|minus|times|divided|even|odd|more than)|Half of|The number is|not taught",
 }
 
 
