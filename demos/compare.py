@@ -2,7 +2,7 @@
 Does a published model gain by reading queries in both directions? SmolLM2 under causal and ISM.
 
     python demos/compare.py              prints and draws the committed figures, without training
-    python demos/compare.py --full       fine-tunes what the figures do not hold yet: hours on a CPU
+    python demos/compare.py --full       fine-tunes, hours on a CPU, and writes out/compare.json
     python demos/compare.py --full --gsm8k FOLDER      with GSM8K's train.jsonl and test.jsonl
 
 Both masks get the same dialogues, seeds and steps of LoRA, and each the better of the rates. The
@@ -15,10 +15,10 @@ dialogues are of three kinds, each asked apart:
 SmolLM2 was trained under causal. So the curves also tell how fast it learns to read both ways. Two
 commands with other --masks can run beside each other.
 """
+import functools
 import itertools
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +30,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import hf, machine
-from data.checkpoint import write_json
 from data.dialogues import generate, listed
 from data.loader import Encoder, Split, write_split
 from data.machine import setting
@@ -38,15 +37,18 @@ from data.scores import summary
 from data.words import FOODS, NAMES, Random
 from demos.finetune import Finetune, finetune
 from demos.output import (
+    add_run,
     by_group,
     check_masks,
     check_writable,
     color,
     interval,
+    made_by,
     percent,
     picture,
     plt,
     read_figures,
+    seeds_of,
     table,
 )
 from train import evaluate
@@ -56,12 +58,12 @@ from train import evaluate
 class Comparison:
     """What is run and where it goes. Each field is a flag of the command line."""
 
-    full: bool = setting(False, "run what the figures do not hold yet")
+    full: bool = setting(False, "train what has no file in --runs yet")
     init_from: str = setting("out/smollm2", "the Hugging Face folder to start from")
     gsm8k: str = setting("", "a folder with GSM8K's train.jsonl and test.jsonl; without it none")
     masks: str = setting("causal,ism", "names of masks, with commas between")
-    seeds: int = setting(3, "seeds of each, from 0 on: of the dialogues, LoRA and the order")
-    rates: str = setting("1e-3,3e-3", "learning rates that seed 0 tries, with commas between")
+    seeds: str = setting("0-2", "seeds of each: of the dialogues, LoRA and the order")
+    rates: str = setting("1e-3,3e-3", "rates that the first seed tries, with commas between")
     steps: int = setting(120, "training steps")
     every: int = setting(20, "steps between two looks")
     batch_size: int = setting(2, "a step holds 256 * batch_size tokens, in whole dialogues")
@@ -70,11 +72,12 @@ class Comparison:
     dtype: str = setting("auto", "to compute in, see train.py", machine.DTYPES)
     n: int = setting(400, "dialogues of each kind to train on; a tenth to test on")
     runs: str = setting("out/compare", "the folder of the runs, a file each")
-    json: str = setting(str(ROOT / "demos" / "real.json"), "the figures")
+    json: str = setting("", "the figures (default: demos/real.json; of new runs RUNS.json)")
     out: str = setting(picture("real"), "the picture")
 
     def __post_init__(self):
-        smallest = {"seeds": 1, "steps": 1, "every": 1, "batch_size": 1, "rank": 0, "n": 40}
+        self.all_seeds = seeds_of(self.seeds)
+        smallest = {"steps": 1, "every": 1, "batch_size": 1, "rank": 0, "n": 40}
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
@@ -87,6 +90,9 @@ class Comparison:
         except ValueError:
             numbers = "expected numbers with commas between"
             raise ValueError(f"--rates {self.rates}: {numbers}") from None
+        if not self.json:
+            new = f"{self.runs}.json"
+            self.json = new if self.full else str(ROOT / "demos" / "real.json")
 
 
 # --- the dialogues ------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ def run_one(c, mask, seed, rate):
     )
     record = {
         "mask": mask, "seed": seed, "rate": rate, "anneal": c.anneal, "rank": c.rank,
-        "steps": [], "curves": {}, "end": {}, "families": {}, "cpu": machine.describe(),
+        "steps": [], "curves": {}, "end": {}, "families": {},
     }
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -244,24 +250,17 @@ def ask(run, split):
 
 
 def run_all(c):
-    """Run what is not there yet, each run a file; at last the file of figures has them all."""
-    for seed in range(c.seeds):
+    """Run what has no file yet: all masks of a seed, then the next seed."""
+    for seed in c.all_seeds:
         for mask in c.masks.split(","):
-            name = named({"mask": mask, "anneal": c.anneal, "rank": c.rank})
-            for rate in c.tried if seed == 0 else [best_rate(read_runs(c), name)]:
+            rates = c.tried
+            if len(rates) > 1 and seed != c.all_seeds[0]:
+                name = named({"mask": mask, "anneal": c.anneal, "rank": c.rank})
+                rates = [best_rate(read_figures(c.json)["runs"], name)]
+            for rate in rates:
                 file = f"{mask}-{seed}-{rate:g}-anneal-{c.anneal}-rank-{c.rank}.json"
-                path = Path(c.runs, file)
-                if not path.exists():
-                    write_json(path, run_one(c, mask, seed, rate))
-                write_json(c.json, {
-                    "command": " ".join(["python", "demos/compare.py", *sys.argv[1:]]),
-                    "commit": commit(), "runs": read_runs(c),
-                })
-
-
-def read_runs(c):
-    paths = sorted(Path(c.runs).glob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+                make = functools.partial(run_one, c, mask, seed, rate)
+                add_run(Path(c.runs, file), make, c.json)
 
 
 def chosen_by(run):
@@ -280,15 +279,10 @@ def named(run):
 
 
 def best_rate(runs, name):
-    """The rate of seed 0 that leaves the least loss."""
-    tried = [run for run in runs if run["seed"] == 0 and named(run) == name]
-    return min(tried, key=chosen_by)["rate"]
-
-
-def commit():
-    """The commit of the code, where it is a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True)
-    return found.stdout.decode().strip()
+    """The rate that leaves the least loss, of those that the first seed has tried."""
+    runs = [run for run in runs if named(run) == name]
+    first = min(run["seed"] for run in runs)
+    return min((run for run in runs if run["seed"] == first), key=chosen_by)["rate"]
 
 
 # --- what was seen ------------------------------------------------------------------------------
@@ -306,16 +300,19 @@ def at_best(figures):
 
 def report(figures):
     """The tables: the rates that were tried, the end, the way there."""
-    table("Rates, seed 0: loss on the dialogues to tune on, mean of the kinds", [
+    first = min(run["seed"] for run in figures["runs"])
+    table(f"Rates, seed {first}: loss on the dialogues to tune on, mean of the kinds", [
         {"run": named(run), "rate": run["rate"],
          "loss": f"{chosen_by(run):.3f}", "minutes": f"{run['seconds'] / 60:.0f}"}
-        for run in figures["runs"] if run["seed"] == 0
+        for run in figures["runs"] if run["seed"] == first
     ])
     found = at_best(figures)
-    kinds = {mask: [run["end"] for run in runs] for mask, runs in found.items()}
-    losses = {mask: [{k: end[k][0] for k in end} for end in ends] for mask, ends in kinds.items()}
-    rights = {mask: [{k: end[k][1] for k in end} for end in ends] for mask, ends in kinds.items()}
-    families = {mask: [run["families"] for run in runs] for mask, runs in found.items()}
+    losses, rights, families = {}, {}, {}  # {name: {seed: {kind or family: value}}} each
+    for name, runs in found.items():
+        ends = {run["seed"]: run["end"] for run in runs}
+        losses[name] = {seed: {k: end[k][0] for k in end} for seed, end in ends.items()}
+        rights[name] = {seed: {k: end[k][1] for k in end} for seed, end in ends.items()}
+        families[name] = {run["seed"]: run["families"] for run in runs}
     n = max(map(len, found.values()))
     means = f"means of at most {n} seeds, 95 % t intervals" if n > 1 else "one seed"
     for title, of_masks, told in (
@@ -368,18 +365,16 @@ def draw(figures, path):
 
 
 def main():
-    with machine.errors_in_one_line("see demos/finetune.py --memory"):
+    with machine.errors_in_one_line("lower --batch_size"):
         c = machine.parse(Comparison, "A published model under two masks.")
         check_writable(c.out)
         if c.full:
-            Path(c.runs).mkdir(parents=True, exist_ok=True)
             check_writable(json=c.json)
             run_all(c)
-        figures = read_figures(Path(c.json), ("command", "commit", "runs"))
+        figures = read_figures(c.json)
         report(figures)
         draw(figures, c.out)
-        print(f"\nMade by `{figures['command']}`, commit {figures['commit']},")
-        print(f"on {figures['runs'][0]['cpu']}.\nThe picture: {c.out}")
+        print(f"\n{made_by(figures)}\nThe picture: {c.out}")
 
 
 if __name__ == "__main__":

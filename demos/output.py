@@ -1,13 +1,17 @@
 """
-What the demos put out: tables, and pictures, in one folder and with one color for each mask.
+What the demos put out: tables, pictures, and the figures of studies, which are made of many runs.
 """
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import machine
+from data.checkpoint import write_json
 from mask import MASKS
 
 try:
@@ -20,7 +24,7 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")  # without a screen
 import matplotlib.pyplot as plt  # noqa: F401, the demos take it from here
 
-PICTURES = Path(__file__).resolve().parent / "out"
+PICTURES = ROOT / "demos" / "out"
 COLORS = {
     "causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green",
     "causal, all tokens": "tab:orange", "causal, given twice": "tab:orange",
@@ -54,14 +58,63 @@ def check_writable(*paths, json=""):
             sys.exit(f"{Path(sys.argv[0]).name}: cannot write {path}: {error.strerror}")
 
 
-def read_figures(path, names):
-    """What stands under these names in a file of figures. ValueError if it is none."""
+# --- studies: runs by seed ----------------------------------------------------------------------
+
+
+def seeds_of(text):
+    """The seeds that a flag names: "4-15", "3" or "0,2". ValueError if it names none."""
+    seeds = []
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-        return {name: figures[name] for name in names}
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise ValueError(f"--seeds {text}: expected seeds as in 0-2 or 4,7")
+    return seeds
+
+
+def add_run(path, make, figures):
+    """Make one run's record if it has no file yet; then all files beside it are the figures.
+
+    path: of the run's own file. So a study that was stopped goes on, and commands with other seeds
+    can run beside each other. figures: the file of all runs.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = make()
+        write_json(path, {**record, "cpu": machine.describe(), "commit": commit()})
+    files = sorted(path.parent.glob("*.json"))
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    command = " ".join(["python", f"demos/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    write_json(figures, {"command": command, "runs": runs})
+
+
+def read_figures(path):
+    """What `add_run` has written. ValueError if it is none."""
+    try:
+        figures = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {"command": figures["command"], "runs": figures["runs"]}
     except (OSError, ValueError, KeyError, TypeError):
         how = "name a file that --full has written"
         raise ValueError(f"{path} holds no figures of this demo; {how}") from None
+
+
+def made_by(figures):
+    """Where figures come from, in a sentence."""
+    commits = ", ".join(sorted({run["commit"] for run in figures["runs"]}))
+    machines = "; ".join(sorted({run["cpu"] for run in figures["runs"]}))
+    return f"Made by `{figures['command']}`, commit {commits}, on {machines}."
+
+
+def commit():
+    """The commit of the code, where it is a git checkout."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True)
+    return found.stdout.decode().strip()
+
+
+# --- tables -------------------------------------------------------------------------------------
 
 
 def spelled(value):
@@ -87,20 +140,23 @@ def table(title, rows):
 
 
 def by_group(title, found, told):
-    """Rows for `table`, one a group of {name: [{group: value} a seed]}; ISM - causal by seed.
+    """Rows for `table`, one a group of {name: {seed: {group: value}}}; ISM - causal, seed by seed.
 
     told: makes a cell of a list of values, as `percent` does.
     """
     lines = []
     causal = next((name for name in found if name.startswith("causal")), None)
-    for group in dict.fromkeys(key for seeds in found.values() for seed in seeds for key in seed):
+    records = [groups for seeds in found.values() for groups in seeds.values()]
+    for group in dict.fromkeys(key for groups in records for key in groups):
         line = {title: group}
-        for name, seeds in found.items():
-            line[name] = told([seed[group] for seed in seeds if group in seed])
-        for name, seeds in found.items():
+        values = {name: {seed: groups[group] for seed, groups in seeds.items() if group in groups}
+                  for name, seeds in found.items()}
+        for name in found:
+            line[name] = told(list(values[name].values()))
+        for name in found:
             if name.startswith("ism") and causal:
-                pairs = zip(seeds, found[causal])
-                both = [a[group] - b[group] for a, b in pairs if group in a and group in b]
+                pairs = values[name].keys() & values[causal].keys()
+                both = [values[name][seed] - values[causal][seed] for seed in sorted(pairs)]
                 line[f"{name} - {causal}"] = told(both, "+")
         lines.append(line)
     return lines
@@ -113,13 +169,14 @@ def check_masks(names):
             raise ValueError(f"--masks {names}: '{name}' is no mask; there are {', '.join(MASKS)}")
 
 
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, for 2 to 10 values
+# Student's t, for 2 to 16 values; for more the last one is a little too wide.
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
 def interval(values):
     """Half of the 95 % t interval of a mean; NaN for one value."""
     n = len(values)
-    return T975[n - 2] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return T975[min(n, 16) - 2] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
 
 
 def percent(values, sign=""):

@@ -5,15 +5,17 @@ The claim of the paper: ISM answers better than a causal model on multi-turn and
 tasks, and trains without the triplets that a prefix model needs. Here are whole default runs, some
 seeds of each, each seed with its own data and weights:
 
-    python demos/quality.py              prints and draws the committed figures, without training
-    python demos/quality.py --full       runs what the file of figures does not hold yet: hours
-    python demos/quality.py --quick      runs of a handful of steps, to see that it works
+    python demos/quality.py                        prints and draws the committed figures
+    python demos/quality.py --full --seeds 4-15    trains, 6 minutes a run, into out/quality.json
+    python demos/quality.py --quick                runs of a handful of steps, to see that it works
 
 Each run is a command of its own: python train.py --mask causal --seed 1 --out_dir FOLDER. Then the
 model chats with itself, as in BotChat: its own answers stand in the history in place of the right
 ones. All dialogues are synthetic: these are not scores on the paper's benchmarks. Where reading
-both ways wins is shown by demos/race.py.
+both ways wins is shown by demos/race.py. A study that was stopped goes on by the same command, and
+commands with other seeds or rows can run beside each other.
 """
+import functools
 import json
 import subprocess
 import sys
@@ -25,18 +27,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
-from data.checkpoint import load_checkpoint, write_json
+from data.checkpoint import load_checkpoint
 from data.dialogues import generate
 from data.machine import setting
 from demos.output import (
+    add_run,
     by_group,
     check_writable,
     color,
     interval,
+    made_by,
     percent,
     picture,
     plt,
     read_figures,
+    seeds_of,
     table,
 )
 from sample import load_chat
@@ -54,39 +59,37 @@ QUICK = "--max_iters 6 --n_dialogues 40 --n_embd 32 --batch_size 2 --device cpu"
 class Study:
     """What is run and where it goes. Each field is a flag of the command line."""
 
-    full: bool = setting(False, "run what the file of figures does not hold yet")
-    quick: bool = setting(False, "run a handful of steps, without the file of figures")
+    full: bool = setting(False, "train what has no file in --runs yet")
+    quick: bool = setting(False, "the same in a handful of steps")
     rows: str = setting("causal;ism", f"what is run: some of {';'.join(ROWS)}")
-    seeds: int = setting(3, "seeds of each, from 0 on")
+    seeds: str = setting("0-2", "seeds of each")
     chats: int = setting(200, "dialogues in which the model chats with itself")
     runs: str = setting("out/quality", "the folder of the runs")
-    json: str = setting("", "the figures (default: demos/quality.json, with --quick none)")
+    json: str = setting("", "the figures (default: demos/quality.json; of new runs RUNS.json)")
     out: str = setting(picture("quality"), "the picture")
 
     def __post_init__(self):
-        if not 1 <= self.seeds <= 10 or self.chats < 1:
-            raise ValueError("expected --seeds from 1 to 10 and --chats from 1 on")
+        self.all_seeds = seeds_of(self.seeds)
+        if self.chats < 1:
+            raise ValueError(f"--chats must be at least 1, not {self.chats}")
         for row in self.rows.split(";"):
             if row not in ROWS:
                 raise ValueError(f"--rows: '{row}' is none of {';'.join(ROWS)}")
-        if not self.json and not self.quick:
-            self.json = str(ROOT / "demos" / "quality.json")
+        if not self.json:
+            new = f"{self.runs}.json"
+            self.json = new if self.full or self.quick else str(ROOT / "demos" / "quality.json")
 
 
 # --- the runs -----------------------------------------------------------------------------------
 
 
-def run_all(study, figures):
-    """Train and measure what the figures do not hold yet; they are written after each run."""
-    there = {(record["row"], record["seed"]) for record in figures["runs"]}
-    for seed in range(study.seeds):
+def run_all(study):
+    """Train and measure what has no file yet: all rows of a seed, then the next seed."""
+    for seed in study.all_seeds:
         for row in study.rows.split(";"):
-            if (row, seed) in there:
-                continue
             folder = Path(study.runs, f"{row.replace(', ', '-').replace(' ', '-')}-{seed}")
-            figures["runs"].append({"row": row, "seed": seed, **run_one(study, row, seed, folder)})
-            if study.json:
-                write_json(study.json, figures)
+            make = functools.partial(run_one, study, row, seed, folder)
+            add_run(folder.with_suffix(".json"), make, study.json)
 
 
 def run_one(study, row, seed, folder):
@@ -102,7 +105,8 @@ def run_one(study, row, seed, folder):
     if done.returncode:
         raise ValueError(f"the run in {folder} has stopped; the same command goes on from there")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return {**metrics, "chat": self_chat(folder / "ckpt.pt", study.chats)}
+    chat = self_chat(folder / "ckpt.pt", study.chats)
+    return {"row": row, "seed": seed, **metrics, "chat": chat}
 
 
 def self_chat(path, n):
@@ -129,6 +133,12 @@ GROUPS = {  # where the metrics have the shares, and what stands before their na
     "accuracy": "", "accuracy_by_turn": "turn: ", "accuracy_by_kind": "reasoning: ",
     "accuracy_new_words": "new words: ",
 }
+# Named before seeds 4 to 15 were run: where an answer needs a word that stands behind the one that
+# it is about, and where that cannot matter.
+NAMED = {
+    "needs a word behind": ("reasoning", "induction"),
+    "needs none behind": ("follow-up", "expansion"),
+}
 
 
 def shares(record):
@@ -137,6 +147,9 @@ def shares(record):
         start + name: share
         for key, start in GROUPS.items() for name, share in record.get(key, {}).items()
     }
+    for name, families in NAMED.items():
+        if all(family in found for family in families):
+            found[name] = np.mean([found[family] for family in families])
     asked, right = np.sum(record["chat"], 0)
     return {**found, "its own answers as history": right / asked}
 
@@ -150,7 +163,7 @@ def by_row(figures):
 def report(figures):
     """The table: means over seeds with 95 % t intervals; and ISM against causal, seed by seed."""
     runs = by_row(figures)
-    found = {row: [shares(record) for record in records] for row, records in runs.items()}
+    found = {row: {r["seed"]: shares(r) for r in records} for row, records in runs.items()}
     lines = by_group("% right", found, percent)
     n = max(map(len, found.values()))
     table(f"Whole held-out answers that are right: means of {n} seeds, 95 % t intervals", lines)
@@ -183,19 +196,14 @@ def draw(figures, path):
 def main():
     with machine.errors_in_one_line("see train.py --help"):
         study = machine.parse(Study, "Quality under the masks: whole runs of train.py.")
-        path = Path(study.json)
         check_writable(study.out)
-        figures = {"command": "", "cpu": "", "runs": []}
-        if not study.quick and (path.exists() or not study.full):
-            figures = read_figures(path, ("command", "cpu", "runs"))
         if study.full or study.quick:
             check_writable(json=study.json)
-            figures["command"] = " ".join(["python", "demos/quality.py", *sys.argv[1:]])
-            figures["cpu"] = machine.describe()
-            run_all(study, figures)
+            run_all(study)
+        figures = read_figures(study.json)
         report(figures)
         draw(figures, study.out)
-        print(f"\nMade by `{figures['command']}` on {figures['cpu']}.\nThe picture: {study.out}")
+        print(f"\n{made_by(figures)}\nThe picture: {study.out}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The demos that draw, where matplotlib is not installed."""
+"""What the demos share: tables over seeds; and that they say so where matplotlib is missing."""
 
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from demos.output import by_group, percent, seeds_of
 
 # Runs the program that sys.argv names, and finds no matplotlib.
 WITHOUT_MATPLOTLIB = """
@@ -25,3 +27,17 @@ def test_without_matplotlib_a_demo_says_so_at_once(name):
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith(f"{name}.py: the picture needs matplotlib")
     assert done.stderr.count("\n") == 1
+
+
+def test_masks_are_compared_seed_by_seed():
+    """Whatever the order of the runs, and where one mask has a seed or a group more."""
+    found = {
+        "causal": {1: {"all": 0.1, "old": 0.5}, 2: {"all": 0.2}, 3: {"all": 0.9}},
+        "ism": {2: {"all": 0.3, "new": 0.7}, 1: {"all": 0.4}},
+    }
+    cells = {line["right"]: line["ism - causal"] for line in by_group("right", found, percent)}
+    assert cells == {"all": percent([0.3, 0.1], "+"), "old": "-", "new": "-"}
+
+
+def test_seeds_are_named_one_by_one_or_from_to():
+    assert seeds_of("4-6") == [4, 5, 6] and seeds_of("0,2") == [0, 2] and seeds_of("7") == [7]

@@ -16,7 +16,7 @@ from sample import load_chat
 def made(tmp_path_factory):
     """A quick study of two rows: its folder, the printed text."""
     folder = tmp_path_factory.mktemp("quality")
-    flags = "--quick --seeds 1 --rows prefix;ism --chats 6".split()
+    flags = "--quick --seeds 3 --rows prefix;ism --chats 6".split()
     flags += ["--runs", str(folder / "runs"), "--json", str(folder / "quality.json")]
     flags += ["--out", str(folder / "new" / "quality.png")]
     done = run("demos/quality.py", *flags)
@@ -28,9 +28,10 @@ def test_all_runs_are_there_with_shares_of_answers(made):
     folder, said = made
     figures = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     runs = [(record["row"], record["seed"]) for record in figures["runs"]]
-    assert runs == [("prefix", 0), ("ism", 0)]
-    assert figures["command"].startswith("python demos/quality.py --quick") and figures["cpu"]
+    assert sorted(runs) == [("ism", 3), ("prefix", 3)]
+    assert figures["command"].startswith("python demos/quality.py --quick")
     for record in figures["runs"]:
+        assert record["cpu"] and record["commit"]
         s = record["settings"]
         assert (s["mask"], s["seed"], s["max_iters"]) == (record["row"], record["seed"], 6)
         assert all(0 <= share <= 1 for share in record["accuracy"].values())
@@ -43,30 +44,36 @@ def test_all_runs_are_there_with_shares_of_answers(made):
     assert "| ism" in said and "the four patterns" in said and "its own answers as history" in said
 
 
-def test_a_study_goes_on_where_it_was_stopped(made):
-    """Runs that the file holds are not made again.
+def test_a_study_goes_on_where_it_was_stopped(made, monkeypatch):
+    """A run whose record is lost is made of its checkpoint, no other one is made again.
 
-    One whose figures are missing is made of its checkpoint.
+    A command with other seeds adds its runs to the same figures.
     """
     folder, _ = made
-    figures = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
-    lost = figures["runs"].pop(1)
+    path = folder / "runs" / "ism-3.json"
+    lost = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
     written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/ckpt.pt")}
-    study = Study(quick=True, seeds=1, rows="prefix;ism", chats=6, runs=str(folder / "runs"))
-    run_all(study, figures)
-    again = figures["runs"][-1]
+    flags = dict(quick=True, rows="ism", chats=6, runs=str(folder / "runs"))
+    monkeypatch.setattr("sys.argv", ["quality.py"])
+    run_all(Study(seeds="3", **flags))
+    again = json.loads(path.read_text(encoding="utf-8"))
     for record in (again, lost):
         del record["seconds"], record["settings"]
     assert again == lost
     changed = [path for path, before in written.items() if path.stat().st_mtime_ns != before]
-    assert [path.parent.name for path in changed] == ["ism-0"]
+    assert [path.parent.name for path in changed] == ["ism-3"]
+    run_all(Study(seeds="2-3", **flags))
+    figures = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
+    runs = {(record["row"], record["seed"]) for record in figures["runs"]}
+    assert runs == {("prefix", 3), ("ism", 3), ("ism", 2)}
 
 
 def test_self_chat_counts_what_a_chat_by_hand_gives(made):
     folder, _ = made
-    chat = load_chat(folder / "runs" / "ism-0" / "ckpt.pt", max_new_tokens=64)
+    chat = load_chat(folder / "runs" / "ism-3" / "ckpt.pt", max_new_tokens=64)
     right = asked = 0
-    for dialogue in generate("test", 6, 0, mixed=True):
+    for dialogue in generate("test", 6, 3, mixed=True):
         chat.messages = [m for m in dialogue["messages"] if m["role"] == "system"]
         chat.reset()
         texts = [m["content"] for m in dialogue["messages"] if m["role"] != "system"]
@@ -74,7 +81,7 @@ def test_self_chat_counts_what_a_chat_by_hand_gives(made):
             asked += 1
             if chat.send(query) == answer:
                 right += 1
-    counted = self_chat(folder / "runs" / "ism-0" / "ckpt.pt", 6)
+    counted = self_chat(folder / "runs" / "ism-3" / "ckpt.pt", 6)
     assert [sum(column) for column in zip(*counted)] == [asked, right]
 
 
@@ -82,7 +89,8 @@ def test_self_chat_counts_what_a_chat_by_hand_gives(made):
     "flags, words",
     [
         (("--rows", "foo"), "is none of"),
-        (("--seeds", "11"), "--seeds from 1 to 10"),
+        (("--seeds", "4-x"), "expected seeds as in 0-2"),
+        (("--seeds", "7-4"), "expected seeds as in 0-2"),
         (("--json", "README.md"), "holds no figures"),
         (("--out", "/dev/null/x"), "cannot write"),
     ],
