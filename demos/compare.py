@@ -42,12 +42,14 @@ from demos.output import (
     check_masks,
     check_writable,
     color,
+    dashes,
     interval,
     made_by,
     percent,
     picture,
     plt,
     read_figures,
+    save,
     seeds_of,
     table,
 )
@@ -351,7 +353,8 @@ def draw(figures, path):
             for which, axis in enumerate(column):
                 lines = np.array([curve(run, kind, which) for run in runs]) * (1, 100)[which]
                 axis.plot(runs[0]["steps"], lines.T, color=color(mask), alpha=0.3, lw=0.8)
-                axis.plot(runs[0]["steps"], lines.mean(0), color=color(mask), label=mask)
+                axis.plot(runs[0]["steps"], lines.mean(0), dashes(mask), color=color(mask),
+                          label=mask)
     for column, kind in zip(axes.T, kinds):
         column[0].set_title(kind)
         column[1].set_xlabel("steps of LoRA")
@@ -361,7 +364,7 @@ def draw(figures, path):
     axes[0, 0].set_ylabel("loss on held-out answers")
     axes[1, 0].set_ylabel("% of held-out answers right")
     axes[0, -1].legend()
-    figure.savefig(path, dpi=120, format="png")
+    save(figure, path, 120)
 
 
 def main():

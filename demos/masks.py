@@ -1,8 +1,8 @@
 """
 What a mask is: causal, prefix and ISM on one short dialogue, drawn, counted and put to the test.
 
-    python demos/masks.py            15 seconds
-    python demos/masks.py --quick    counts fewer training dialogues
+    python demos/masks.py                     15 seconds
+    python demos/masks.py --masks ism,yours   with a mask of your own
 
 The claim of the paper: under ISM a query is read in both directions and an answer is causal. So one
 pass trains all answers of a dialogue, where a prefix model needs a copy for each turn (history,
@@ -14,9 +14,6 @@ model stale. Three parts:
                   is trained may not move if it predicts this token or stands before it.
     3  cacheable  cut the dialogue where a segment ends. Which rows of f, and which keys and values
                   of the GPT, are others than in the whole dialogue?
-
-The picture shows the masks themselves. A second one beside it, whose name ends in -properties,
-shows parts 2 and 3.
 """
 import sys
 from dataclasses import dataclass
@@ -30,7 +27,7 @@ from data.checkpoint import write_json
 from data.dialogues import generate
 from data.machine import setting
 from data.tokenizer import Tokenizer
-from demos.output import check_writable, picture, plt, table
+from demos.output import check_masks, check_writable, picture, plt, save, table
 from mask import MASKS, loss_positions, one_pass, reusable
 from model import GPT, Cache, GPTConfig
 
@@ -46,9 +43,15 @@ DIALOGUE = [
 class Settings:
     """What is counted and where it goes. Each field is a flag of the command line."""
 
-    quick: bool = setting(False, "count over 50 training dialogues, not 2,000")
+    masks: str = setting("causal,prefix,ism", "names of masks, with commas between")
+    dialogues: int = setting(2000, "training dialogues to count")
     json: str = setting("", "write all figures to this file")
     out: str = setting(picture("masks"), "the picture, a PNG")
+
+    def __post_init__(self):
+        check_masks(self.masks)
+        if self.dialogues < 1:
+            raise ValueError(f"--dialogues must be at least 1, not {self.dialogues}")
 
 
 # --- 1. what each mask attends to and trains ----------------------------------------------------
@@ -114,19 +117,19 @@ def moves(model, tokens, f):
     return (after - before).abs().amax(-1) > ROUNDING
 
 
-def no_leak(model, tokens, segments):
-    """Part 2, for each mask and copy: f, what is trained, and the logits that each token moves."""
+def no_leak(name, model, tokens, segments):
+    """Part 2, for each copy: f, what is trained, and the logits that each token moves."""
+    mask = MASKS[name]
     rows = []
-    for name, mask in MASKS.items():
-        for turn, copy in enumerate(copies(mask, segments), start=1):  # (1, n)
-            f = mask(copy)  # (1, n)
-            moved = moves(model, tokens[:, : copy.shape[1]], f)  # (n, n)
-            rows.append({
-                "mask": name if one_pass(mask) else f"{name}, turn {turn}",
-                "f": f[0].tolist(),
-                "trained": where(loss_positions(copy, f)[0]),
-                "moved": [where(row) for row in moved],
-            })
+    for turn, copy in enumerate(copies(mask, segments), start=1):  # (1, n)
+        f = mask(copy)  # (1, n)
+        moved = moves(model, tokens[:, : copy.shape[1]], f)  # (n, n)
+        rows.append({
+            "mask": name if one_pass(mask) else f"{name}, turn {turn}",
+            "f": f[0].tolist(),
+            "trained": where(loss_positions(copy, f)[0]),
+            "moved": [where(row) for row in moved],
+        })
     return rows
 
 
@@ -138,30 +141,30 @@ def cached(model, tokens, f):
     return entries.movedim(-2, 0).flatten(1)
 
 
-def cacheable(model, tokens, segments):
-    """Part 3, for each mask and end of a segment: what is not as in the whole dialogue."""
+def cacheable(name, model, tokens, segments):
+    """Part 3, for each end of a segment: what is not as in the whole dialogue."""
+    mask = MASKS[name]
+    f = mask(segments)  # (1, T)
+    whole = cached(model, tokens, f)  # (T, 2 * L * H * D)
     rows = []
-    for name, mask in MASKS.items():
-        f = mask(segments)  # (1, T)
-        whole = cached(model, tokens, f)  # (T, 2 * L * H * D)
-        for end in borders(segments[0].tolist())[1:-1]:
-            f_cut = mask(segments[:, :end])  # (1, end)
-            cut = cached(model, tokens[:, :end], f_cut)  # (end, 2 * L * H * D)
-            off = (cut - whole[:end]).abs().amax(1)  # (end,)
-            rows.append({
-                "mask": name,
-                "cut": end,
-                "f_changed": where(f_cut[0] != f[0, :end]),
-                "stale": where(off > ROUNDING),
-                # The same by mask.py, which looks at f alone.
-                "reusable": reusable(f_cut, f),
-            })
+    for end in borders(segments[0].tolist())[1:-1]:
+        f_cut = mask(segments[:, :end])  # (1, end)
+        cut = cached(model, tokens[:, :end], f_cut)  # (end, 2 * L * H * D)
+        off = (cut - whole[:end]).abs().amax(1)  # (end,)
+        rows.append({
+            "mask": name,
+            "cut": end,
+            "f_changed": where(f_cut[0] != f[0, :end]),
+            "stale": where(off > ROUNDING),
+            # The same by mask.py, which looks at f alone.
+            "reusable": reusable(f_cut, f),
+        })
     return rows
 
 
 @torch.no_grad()
-def measure(n_dialogues):
-    """All figures, as they stand in the file of --json."""
+def measure(masks, n_dialogues):
+    """All figures of masks, a list of names, as they stand in the file of --json."""
     tokenizer = Tokenizer()
     tokens, segments = tokenizer.encode_dialogue(DIALOGUE)
     labels = [tokenizer.decode([token]).strip() for token in tokens]
@@ -174,14 +177,11 @@ def measure(n_dialogues):
     return {
         "labels": labels,
         "segments": segments[0].tolist(),
-        "parts": no_leak(model, tokens, segments),
-        "cuts": cacheable(model, tokens, segments),
-        "counts": [count(name, [segments]) for name in MASKS],
-        "train": [count(name, train) for name in MASKS],
+        "parts": [row for name in masks for row in no_leak(name, model, tokens, segments)],
+        "cuts": [row for name in masks for row in cacheable(name, model, tokens, segments)],
+        "counts": [count(name, [segments]) for name in masks],
+        "train": [count(name, train) for name in masks],
     }
-
-
-# --- the tables ---------------------------------------------------------------------------------
 
 
 def report(figures, n_dialogues):
@@ -209,165 +209,68 @@ def report(figures, n_dialogues):
     table("Cacheable: cut the dialogue where a segment ends", rows)
 
 
-# --- the pictures: a row is a token, one unit high ----------------------------------------------
+# --- the picture: a row is a token, one unit high -----------------------------------------------
 
-PAST, FUTURE, CHANGES, SAME = "#3b6ea5", "#f28e2b", "#d1495b", "#c3cec6"
-TINTS = ["#f7ecd9", "#e4ebf4"]  # of the rows of an answer, of a query
-
-
-def spelled(mask):
-    return mask.replace("ism", "ISM")
+# Blue and orange, one dark and one light; the tints are of a row of an answer, of a query.
+PAST, FUTURE, TINTS = "#1f5a96", "#f28e2b", ["#f7ecd9", "#e4ebf4"]
 
 
-def segment_name(number):
-    kind = "query" if number % 2 else "answer"
-    return f"{kind} {(number + 1) // 2}"
-
-
-def rows_of_tokens(axis, figures, n, left, right):
-    """Rows for the first n tokens with their labels, tinted by segment from `left` to `right`."""
-    segments = figures["segments"][:n]
-    for j, number in enumerate(segments):
-        axis.barh(j + 0.5, right - left, 1, left, color=TINTS[number % 2], zorder=0)
-        axis.text(-0.2, j + 0.5, figures["labels"][j], ha="right", va="center", fontsize=7.5)
-    axis.hlines(borders(segments)[1:-1], left, right, color="black", lw=0.7, zorder=3)
-    axis.set(xticks=[], yticks=[], frame_on=False)
-
-
-def cell(axis, x, y, color):
-    axis.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", lw=0.6))
-
-
-def dots(axis, x, y):
-    axis.plot(x, y, "o", ms=4, color="black", mec="white", mew=0.6, zorder=4)
-
-
-def legend(place, colors, dot, **options):
-    """colors: what a cell means, and its color. dot: what a dot means."""
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="gray", lw=0.5)
-        for color in colors.values()
-    ]
-    handles.append(plt.Line2D([], [], ls="", marker="o", ms=4, color="black"))
-    place.legend(handles, [*colors, dot], fontsize=8.5, frameon=False, **options)
-
-
-def draw_masks(figures, path):
-    """A panel for each mask, for prefix one for each copy."""
+def draw(figures, path):
+    """A panel for each mask, for prefix one for each copy, and the words in the last place."""
+    # Prefix stands last, so that its copies stand side by side.
     parts = sorted(figures["parts"], key=lambda part: "prefix" in part["mask"])
     rows = (len(parts) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(9, 4.15 * rows), layout="constrained")
+    figure, axes = plt.subplots(rows, 2, figsize=(9, 4.15 * rows + 0.4), layout="constrained")
     for axis in axes.flat:
-        axis.axis("off")
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, part in zip(axes.flat, parts):
         draw_mask(axis, figures, part)
-        if part["mask"] == "prefix, turn 1":
-            room = axis  # this copy is short
-    colors = {
+    words = {
         "sees: itself and its past": PAST,
         "sees: its future": FUTURE,
         "hidden from a query's token": TINTS[1],
         "hidden from an answer's token": TINTS[0],
     }
-    legend(room, colors, "the next token, which the row is trained to predict",
-           loc="lower left", bbox_to_anchor=(0.1, 0.05))
-    figure.savefig(path, dpi=200, format="png")
+    handles = [plt.Rectangle((0, 0), 1, 1, fc=color, ec="gray", lw=0.5) for color in words.values()]
+    handles.append(plt.Line2D([], [], ls="", marker="o", ms=4, color="black"))
+    texts = [*words, "the next token, which the row is trained to predict"]
+    figure.legend(handles, texts, fontsize=8.5, frameon=False, loc="outside lower center", ncols=3)
+    save(figure, path, 200)
 
 
 def draw_mask(axis, figures, part):
     f, trained = part["f"], part["trained"]
     n, T = len(f), len(figures["labels"])
-    rows_of_tokens(axis, figures, n, -6, n)
-    for j in range(n):
+    segments = figures["segments"][:n]
+    ends = borders(segments)
+    for j, number in enumerate(segments):
+        axis.barh(j + 0.5, n + 6, 1, -6, color=TINTS[number % 2])
+        axis.text(-0.2, j + 0.5, figures["labels"][j], ha="right", va="center", fontsize=7.5)
         for i in range(f[j]):
-            cell(axis, i, j, PAST if i <= j else FUTURE)
-    dots(axis, [j + 1.5 for j in trained], [j + 0.5 for j in trained])
-    ends = borders(figures["segments"][:n])
-    axis.vlines(ends[1:], 0, n, color="black", lw=0.7, zorder=3)
+            color = PAST if i <= j else FUTURE
+            axis.add_patch(plt.Rectangle((i, j), 1, 1, fc=color, ec="white", lw=0.6))
+    axis.plot([j + 1.5 for j in trained], [j + 0.5 for j in trained], "o", ms=4, color="black")
+    axis.hlines(ends[1:-1], -6, n, color="black", lw=0.7)
+    axis.vlines(ends[1:], 0, n, color="black", lw=0.7)
     for start, end in zip(ends, ends[1:]):
-        name = segment_name(figures["segments"][start])
+        kind = "query" if segments[start] % 2 == 1 else "answer"
+        name = f"{kind} {(segments[start] + 1) // 2}"
         axis.text((start + end) / 2, -0.2, name, ha="center", fontsize=8)
-    title = f"{spelled(part['mask'])}: {sum(f)} pairs, {len(trained)} trained"
-    axis.set_title(title, fontsize=10.5)
+    name = part["mask"].replace("ism", "ISM")
+    axis.set_title(f"{name}: {sum(f)} pairs, {len(trained)} trained", fontsize=10.5)
     axis.set(xlim=(-6, T), ylim=(T, -1.2))
 
 
-def columns_after_a_change(figures, i):
-    """The columns of the second picture that show token i changed, one for each mask and copy."""
-    columns = []
-    for part in figures["parts"]:
-        n = len(part["f"])
-        changes = part["moved"][i] if i < n else []
-        columns.append({
-            "mask": part["mask"], "rows": n, "changes": changes, "trained": part["trained"],
-        })
-    return columns
-
-
-def columns_after_a_cut(figures, end):
-    """The columns that show the dialogue cut behind `end` tokens, one for each mask."""
-    return [
-        {"mask": cut["mask"], "rows": end, "changes": cut["f_changed"], "trained": []}
-        for cut in figures["cuts"] if cut["cut"] == end
-    ]
-
-
-def draw_properties(figures, path):
-    """A group of columns for each of two changed tokens, and for each cut."""
-    labels, segments = figures["labels"], figures["segments"]
-    ends = borders(segments)
-    figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
-    x = 0.3
-    # The second token of the first answer, the third of the second query.
-    for i in (ends[1] + 1, ends[2] + 2):
-        title = f'change "{labels[i]}" in {segment_name(segments[i])}:\nlogits that move'
-        columns = columns_after_a_change(figures, i)
-        draw_columns(axis, x, title, columns, len(labels))
-        around = plt.Rectangle((x, i), len(columns), 1, fill=False, lw=1.5, zorder=5)
-        axis.add_patch(around)
-        x += len(columns) + 0.5
-    for end in ends[1:-1]:
-        title = f"cut after\n{segment_name(segments[end - 1])}:\nrows of f\nthat change"
-        columns = columns_after_a_cut(figures, end)
-        draw_columns(axis, x, title, columns, len(labels))
-        x += len(columns) + 0.5
-    rows_of_tokens(axis, figures, len(labels), -2, x)
-    axis.set(xlim=(-2, x), ylim=(len(labels), -5.6))
-    legend(figure, {"changes": CHANGES, "stays the same": SAME, "is not there": "white"},
-           "trained: predicts the token of the next row", loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=200, format="png")
-
-
-def draw_columns(axis, x, title, columns, T):
-    """Columns side by side from x on, with their title."""
-    axis.text(x + len(columns) / 2, -2.2, title, ha="center", fontsize=8.5)
-    for column in columns:
-        name = spelled(column["mask"]).replace(", ", "\n")
-        axis.text(x + 0.5, -0.2, name, ha="center", fontsize=7)
-        colors = [SAME] * column["rows"] + ["white"] * (T - column["rows"])
-        for j in column["changes"]:
-            colors[j] = CHANGES
-        for j, color in enumerate(colors):
-            cell(axis, x, j, color)
-        trained = column["trained"]
-        dots(axis, [x + 0.5] * len(trained), [j + 0.5 for j in trained])
-        x += 1
-
-
 def main():
-    with machine.errors_in_one_line("--quick takes less"):
+    with machine.errors_in_one_line("fewer --dialogues take less"):
         s = machine.parse(Settings, "The masks on one short dialogue: drawn, counted, tested.")
-        out = Path(s.out)
-        properties = out.with_name(f"{out.stem}-properties{out.suffix}")
-        check_writable(out, properties, json=s.json)
-        n_dialogues = 50 if s.quick else 2000
-        figures = {"quick": s.quick, **measure(n_dialogues)}
-        report(figures, n_dialogues)
-        draw_masks(figures, out)
-        draw_properties(figures, properties)
+        check_writable(s.out, json=s.json)
+        figures = measure(s.masks.split(","), s.dialogues)
+        report(figures, s.dialogues)
+        draw(figures, s.out)
         if s.json:
             write_json(s.json, figures)
-        print(f"\nThe pictures: {out} and {properties}")
+        print(f"\nThe picture: {s.out}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """
 What the demos put out: tables, pictures, and the figures of studies, which are made of many runs.
+
+    python demos/output.py    makes the pictures anew that are in the repository, in minutes
 """
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +25,17 @@ except ModuleNotFoundError:
              "pip install -r demos/requirements.txt")
 
 matplotlib.use("Agg")  # without a screen
-import matplotlib.pyplot as plt  # noqa: F401, the demos take it from here
+import matplotlib.pyplot as plt
+from matplotlib.colors import to_hex
 
 PICTURES = ROOT / "demos" / "out"
+# Blue and orange, which the color-blind tell apart; one is dark and one light, for black and white.
 COLORS = {
-    "causal": "tab:red", "ism": "tab:blue", "prefix": "tab:green",
-    "causal, all tokens": "tab:orange", "causal, given twice": "tab:orange",
-    "ism, annealed": "tab:cyan",
+    "causal": "#e08214", "ism": "#1f5a96", "prefix": "#222222",
+    "causal, all tokens": "#fdb863", "causal, given twice": "#fdb863",
+    "ism, annealed": "#6baed6",
 }
+LINES = {"causal": "--", "prefix": ":"}
 
 
 def color(name):
@@ -37,9 +43,32 @@ def color(name):
     return COLORS.get(name, "tab:gray")
 
 
+def dashes(name):
+    """How a mask's line is drawn: what tells the masks apart without colors."""
+    return LINES.get(name, "-")
+
+
 def picture(name):
     """Where a demo's picture goes if no one says otherwise."""
     return str(PICTURES / f"{name}.png")
+
+
+def save(figure, path, dpi):
+    """Write a picture as PNG. Its metadata `shows` is a checksum of all texts, lines and cells.
+
+    By it a test sees whether a picture in the repository is older than what it shows. Numbers
+    count to two digits, so that rounding on another machine changes nothing.
+    """
+    shows = []
+    for text in figure.findobj(plt.Text):
+        shows.append(text.get_text())
+    for drawn in figure.findobj(plt.Line2D):
+        numbers = [f"{y:.2g}" for y in np.ravel(drawn.get_ydata(orig=False)) if y > 1e-12]
+        shows += [to_hex(drawn.get_color()), drawn.get_linestyle(), *numbers]
+    for cell in figure.findobj(plt.Rectangle):
+        shows += [to_hex(cell.get_facecolor()), *(f"{x:.2g}" for x in cell.get_bbox().bounds)]
+    checksum = f"{zlib.crc32(repr(shows).encode()):08x}"
+    figure.savefig(path, dpi=dpi, format="png", metadata={"shows": checksum})
 
 
 def check_writable(*paths, json=""):
@@ -185,3 +214,11 @@ def percent(values, sign=""):
         return "-"
     mean = f"{100 * np.mean(values):{sign}.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * interval(values):.1f}"
+
+
+if __name__ == "__main__":
+    for committed in sorted((ROOT / "demos").glob("*.png")):
+        # real.png is that of compare.py.
+        program = {"real": "compare"}.get(committed.stem, committed.stem)
+        command = [sys.executable, f"demos/{program}.py", "--out", str(committed)]
+        subprocess.run(command, cwd=ROOT, check=True)

@@ -41,6 +41,7 @@ from demos.output import (
     picture,
     plt,
     read_figures,
+    save,
     seeds_of,
     table,
 )
@@ -190,7 +191,7 @@ def draw(figures, path):
     axis.set(xlabel="share of answers right", xlim=(0, 1.02))
     axis.grid(alpha=0.2, axis="x")
     axis.legend()
-    figure.savefig(path, dpi=120, format="png")
+    save(figure, path, 120)
 
 
 def main():

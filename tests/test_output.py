@@ -1,8 +1,9 @@
-"""What the demos share: tables over seeds; and that they say so where matplotlib is missing."""
+"""What the demos share: pictures of today, tables over seeds; a line if matplotlib is missing."""
 
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 from conftest import ROOT
 
@@ -41,3 +42,19 @@ def test_masks_are_compared_seed_by_seed():
 
 def test_seeds_are_named_one_by_one_or_from_to():
     assert seeds_of("4-6") == [4, 5, 6] and seeds_of("0,2") == [0, 2] and seeds_of("7") == [7]
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("masks", ["masks.py", "--dialogues", "1"]),
+    ("quality", ["quality.py"]),
+    ("real", ["compare.py"]),
+])
+def test_a_committed_picture_shows_what_its_program_draws_today(tmp_path, name, flags):
+    """That of theory.py is in test_theory.py; those of race.py and speed.py take too long."""
+    out = tmp_path / f"{name}.png"
+    program, *others = flags
+    command = [sys.executable, str(ROOT / "demos" / program), *others, "--out", str(out)]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    today, committed = (PIL.Image.open(path).text["shows"] for path in
+                        (out, ROOT / "demos" / f"{name}.png"))
+    assert today == committed, f"it is old: python demos/{program} --out demos/{name}.png"
