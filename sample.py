@@ -24,18 +24,20 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     It is drawn from the top_k likeliest (0: from all), and of these from the fewest whose
     probability reaches top_p. ValueError if the logits are NaN, so that there is nothing to draw.
     """
+    likeliest = logits.max(-1)
+    if likeliest.values.isnan():
+        raise ValueError("the model's logits are not numbers; are its weights damaged?")
     if temperature == 0:
-        return int(logits.argmax())
+        return int(likeliest.indices)
     logits = logits.cpu()  # there a seed draws the same for each device
-    logits = (logits - logits.max()) / temperature  # up to 0, so that no temperature is too low
+    # Up to 0 and by what float32 can hold, so that no temperature is too low or too high.
+    logits = (logits - logits.max()) / min(max(temperature, 1e-30), 1e30)
     if top_k > 0:
         least = logits.topk(min(top_k, len(logits))).values[-1]
         logits[logits < least] = -torch.inf
     probs, order = logits.softmax(-1).sort(descending=True)  # (V,) each
-    if probs.isnan().any():
-        raise ValueError("the model's logits are not numbers; are its weights damaged?")
     before = probs.cumsum(0) - probs  # (V,) the probability of all that are likelier
-    probs[before >= top_p] = 0
+    probs[1:][before[1:] >= top_p] = 0
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
@@ -46,7 +48,8 @@ class Chat:
     """A conversation: `reply = chat.send("...")`, or `for piece in chat.stream("...")`.
 
     The history is kept as token ids and never encoded again from its text. mask is a function of
-    mask.py; notify is called with a line when turns are forgotten because the context is full.
+    mask.py; notify is called with a line when an answer is cut, or turns are forgotten because the
+    context is full.
     """
 
     def __init__(self, model, tokenizer, mask, system="", temperature=0.0, top_k=0, top_p=1.0,
@@ -145,10 +148,13 @@ class Chat:
     def write(self, logits):
         """Write the answer token by token until the model says <|end|>: yields its text."""
         answer = self.turns[-1][1]  # the tokens of the answer, which grows here
-        while not self.stop and len(answer) < self.max_new_tokens:
+        while not self.stop:
             logits[self.silent] = -torch.inf
             token = sample(logits, self.temperature, self.top_k, self.top_p, self.generator)
             if token == self.tokenizer.end:
+                return
+            if len(answer) == self.max_new_tokens:
+                self.notify(f"[the answer is cut: --max_new_tokens is {self.max_new_tokens}]")
                 return
             answer.append(token)
             yield self.say(self.tokenizer.token_bytes(token))
@@ -199,8 +205,11 @@ class Chat:
 # ==== below this line: the files of a model and of a conversation, and the terminal ====
 import json
 import pathlib
+import re
 import shlex
+import shutil
 import sys
+import textwrap
 
 from data import hf, machine
 from data.chats import check_history
@@ -213,6 +222,8 @@ from model import GPT, PACKED, GPTConfig, by_columns, pack
 
 def query_tokens(chat, message):
     """The tokens of a query. ValueError if it does not fit into the context."""
+    if not isinstance(message["content"], str):
+        raise ValueError(f"a query is text, not {type(message['content']).__name__}")
     # Its bytes are counted first, so that the tokenizer need not read a book.
     n_bytes = len(message["content"].encode("utf-8", "replace"))
     if n_bytes > chat.size * chat.tokenizer.longest:
@@ -264,6 +275,10 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         model, trained_under = hf.from_pretrained(path, block_size, read_as), hf.read_mask(path)
     else:
         model, tokenizer, trained_under = load_trained(path)
+    for name, weight in model.named_parameters():
+        if not weight.sum().isfinite():
+            raise ValueError(f"{path}: {name} holds NaN or infinite numbers, so the model can say "
+                             "nothing; take an earlier checkpoint or another copy")
     mask = mask or trained_under
     if mask not in MASKS:
         raise ValueError(f"{path} was trained with the mask '{mask}', which mask.py does not have")
@@ -368,26 +383,33 @@ MEMORY = ("--dtype bfloat16 needs half of what float32 needs, a smaller --block_
           "cache, --device cpu uses the computer's own")
 HELP = """/reset      forget the conversation
 /stats      tokens in the cache and the speed of the last turn
-/mask       draw what each token of the dialogue sees
+/mask       draw what each token sees: '#' its past, '+' its future, '.' hidden
 /save FILE  write the conversation as messages in JSON
 /help       this
-/quit       leave, as Ctrl-D does; Ctrl-C stops an answer"""
+/quit       leave, as Ctrl-D does; Ctrl-C stops an answer
+An answer that goes round in circles is ended: the same 8 to 64 tokens stand
+three times in a row."""
 
 
 def show_stats(chat):
     s = chat.stats
     print(f"{chat.cache.length} of {chat.size} tokens in the cache")
-    if s:
+    if "decode s" in s:  # it is not there if memory ended the turn
         read = f"{s['prefill tokens']} tokens read in {1000 * s['prefill s']:.1f} ms"
         print(f"last turn: {read}, {s['decode tokens']} written "
               f"at {s['decode tokens'] / s['decode s']:,.0f} tokens/s")
 
 
 def show_mask(chat):
-    tokens, _ = chat.layout()
+    tokens, segments = chat.layout()
+    if not tokens:
+        print("[nothing to draw: the dialogue is empty]")
+        return
     labels = [ascii(chat.tokenizer.decode([token]))[1:-1][:16] for token in tokens]
-    columns = 60
-    print("\n".join(draw(chat.f[0], labels, columns)))
+    # After --history nothing is in the cache yet, so f is that of the dialogue.
+    f = chat.mask(torch.tensor([segments]))
+    columns = min(60, max(shutil.get_terminal_size().columns - max(map(len, labels)) - 1, 1))
+    print("\n".join(draw(f[0], labels, columns)))
     if len(labels) > columns:
         print(f"A column is {len(labels) / columns:.1f} tokens.")
 
@@ -402,7 +424,7 @@ def save(chat, path):
         print(f"[saved to {printable(path)}]")
     except OSError as error:
         print(f"[not saved: {printable(path)}: {error.strerror}]")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # a name that no file has; ~ of nobody
         print(f"[not saved: {one_line(error)}]")
 
 
@@ -426,6 +448,22 @@ def command(chat, line):
     return False
 
 
+def in_circles(tokens):
+    """Whether the last 8 to 64 tokens stand there three times in a row."""
+    for n in range(8, min(64, len(tokens) // 3) + 1):
+        if tokens[-1] == tokens[-1 - n] and tokens[-3 * n :] == 3 * tokens[-n:]:
+            return True
+    return False
+
+
+def tell(line):
+    """Print a line of the program; a terminal gets it broken at words, so that it fits."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line)
+
+
 def answer(chat, text):
     """Stream the answer to the terminal; Ctrl-C ends it, and the program goes on."""
     def stop():
@@ -437,15 +475,18 @@ def answer(chat, text):
         with machine.on_interrupt(stop):
             for piece in chat.stream(text):
                 print(printable(piece), end="", flush=True)
+                if not chat.stop and in_circles(chat.turns[-1][1]):
+                    chat.stop = True
+                    notes.append("[the answer went round in circles and is ended]")
         print()
     except ValueError as error:
-        print(f"[{one_line(error)}]")
+        tell(f"[{one_line(error)}]")
     except RuntimeError as error:
         if not machine.out_of_memory(error):
             raise
-        print(f"[out of memory; {MEMORY}]")
+        tell(f"[out of memory; {MEMORY}]")
     for note in notes:
-        print(note)
+        tell(note)
 
 
 TRAINED = pathlib.Path("out/ckpt.pt")
@@ -497,18 +538,32 @@ def main():
     a = flags()
     with machine.errors_in_one_line(MEMORY):
         if not a.ckpt and not TRAINED.exists():
-            print(f"[no {TRAINED} yet, so this is the small model of the repository; "
-                  "python train.py trains your own]")
+            tell(f"[no {TRAINED} yet, so this is the small model of the repository; "
+                 "python train.py trains your own]")
             a.ckpt = SMALL_MODEL
         ckpt = a.ckpt or TRAINED
         chat = load_chat(
             ckpt, a.device, a.dtype, a.mask, a.block_size, system=a.system,
             temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
-            max_new_tokens=a.max_new_tokens, notify=print,
+            max_new_tokens=a.max_new_tokens, notify=tell,
         )
         if a.history:
             go_on(chat, read_history(a.history))
         talk(chat, a.prompt, ckpt)
+
+
+# What a terminal sends for arrows and other keys, where nothing edits the line.
+KEYS = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|[^\[O])?")
+LONGEST_LINE = 4095  # bytes that Linux reads of a line, where nothing edits it; it drops the others
+
+
+def edit_lines():
+    """Let arrow keys edit what is typed, in lines of any length: whether this system can."""
+    try:
+        import readline  # noqa: F401, input() uses it once it is imported
+    except ImportError:
+        return False
+    return sys.stdout.isatty()  # else input() does without it
 
 
 def talk(chat, prompts, path=TRAINED):
@@ -521,20 +576,27 @@ def talk(chat, prompts, path=TRAINED):
     if prompts or sys.stdin is None:
         return
     terminal = sys.stdin.isatty()
+    edited = False
     if terminal:
-        print(f"This is {path}. Ask something; /help lists the commands.")
+        edited = edit_lines()
+        tell(f"This is {path}. Ask something; /help lists the commands.")
     if hasattr(sys.stdin, "reconfigure"):
         # A file may begin with a byte order mark; a terminal may not be one of UTF-8.
         encoding = None if terminal else "utf-8-sig"
         sys.stdin.reconfigure(encoding=encoding, errors="replace")
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            line = input("> " if terminal else "")
         except EOFError:
             break
         except KeyboardInterrupt:
             print("\n/quit or Ctrl-D leaves")
             continue
+        if terminal and not edited and len(line.encode(errors="replace")) >= LONGEST_LINE:
+            tell(f"[a terminal cuts a line at {LONGEST_LINE:,} bytes, so this one is not asked: "
+                 "put it into a file, and run sample.py < FILE]")
+            continue
+        line = KEYS.sub("", line).strip()
         if line.startswith("/"):
             if command(chat, line):
                 break

@@ -180,7 +180,7 @@ def test_overflow_keeps_the_system_prompt_and_tells():
         tokens, _ = chat.layout()
         assert tokens[: len(chat.system)] == chat.system and len(tokens) <= 96
         check_cache(chat)
-    assert told and "forgotten" in told[0]
+    assert any("forgotten" in line for line in told)
     assert len(chat.messages) == 25  # the conversation itself is whole
 
 
@@ -266,6 +266,69 @@ def test_sample_stays_in_its_set(logits, top_k, top_p, seed):
         kept = logits[logits >= least]
     assert kept[kept > logits[token]].exp().sum() / kept.exp().sum() < top_p + 1e-4
     assert sample(logits, 0.0) == int(logits.argmax())
+
+
+def test_sample_at_the_limits_of_float32():
+    logits = torch.tensor([0.0, 2.0, -torch.inf, 1.0])
+    for extreme in ({"temperature": 1e-46}, {"temperature": 1.0, "top_p": 1e-46}):
+        assert sample(logits.clone(), **extreme) == 1
+    assert sample(logits.clone(), temperature=1e300) != 2
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="not numbers"):
+            sample(torch.tensor([0.0, torch.nan]), temperature)
+
+
+def test_damaged_weights_are_told_on_loading(tmp_path, last_words):
+    state = torch.load(sample_module.SMALL_MODEL, weights_only=True)
+    for name in ("norm.weight", "blocks.1.mlp.up.weight"):
+        weights = {**state["model"], name: state["model"][name].clone()}
+        weights[name][3] = torch.inf if name == "norm.weight" else torch.nan
+        torch.save({**state, "model": weights}, tmp_path / "ckpt.pt")
+        said = last_words(sample_module, "--ckpt", str(tmp_path))
+        assert f"{name} holds NaN or infinite numbers" in said
+
+
+def test_an_answer_that_is_cut_or_goes_in_circles_is_told(capsys):
+    told = []
+    chat = make_chat(block_size=512, notify=told.append, temperature=0.0, max_new_tokens=5)
+    chat.silent = torch.tensor([*TOKENIZER.unsayable, TOKENIZER.end])  # an answer without end
+    chat.send("hi")
+    assert "--max_new_tokens is 5" in told[0] and len(chat.turns[-1][1]) == 6
+    chat.max_new_tokens = 300
+    monotone = torch.zeros(TOKENIZER.vocab_size).index_fill(0, torch.tensor([65]), 1.0)
+    chat.feed = lambda *tokens: monotone.clone()
+    sample_module.answer(chat, "hi")
+    assert "in circles" in capsys.readouterr().out and len(chat.turns[-1][1]) == 25
+    random.seed(0)
+    for n in range(1, 80):
+        run = [random.randrange(99) for _ in range(n)]
+        assert sample_module.in_circles([7, *run * 24]) == (n <= 64)
+        assert not sample_module.in_circles(3 * run + [100])
+
+
+@pytest.mark.parametrize("text", [None, b"hi", 5, ["hi"]])
+def test_a_query_is_text(text):
+    with pytest.raises(ValueError, match="a query is text, not"):
+        make_chat().send(text)
+
+
+def test_what_a_terminal_sends(monkeypatch, capsys):
+    """Keys that nothing edits are no query; no command ends the chat but /quit."""
+    lines = ["\x1b[A", "\x1bOA\x1b[1;5C", "\x1b", "x" * 4095, "/mask", "/stats",
+             "/save ~nosuch/x.json", "/save a\0b", "/save", "\x1b[200~hi\x1b[201~", "/mask"]
+    chat = make_chat(max_new_tokens=2)
+    monkeypatch.setattr("builtins.input", lambda _: lines.pop(0) if lines else "/quit")
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setitem(sys.modules, "readline", None)
+    sample_module.talk(chat, [])
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["hi"]
+    out = capsys.readouterr().out
+    for words in ("4,095 bytes", "nothing to draw", "home directory", "<|assistant|> ####"):
+        assert out.count(words) == 1, words
+    assert out.count("[not saved") == 3
+    go_on(chat, chat.messages)
+    sample_module.command(chat, "/mask")  # nothing is in the cache yet
+    assert "<|assistant|> ####" in capsys.readouterr().out
 
 
 def test_printable():
