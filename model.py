@@ -331,6 +331,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 from dataclasses import replace
 
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -344,9 +345,10 @@ def sdpa(q, k, v, seen=None, causal=False):
     if n == 1:
         # The heads of a group become rows of one head, so that the cache is not copied for each.
         rows = q.reshape(B, -1, groups, D)  # (B, Hkv, groups, D)
-        return F.scaled_dot_product_attention(rows, k, v, seen).view(B, H, 1, D)
-    if seen is not None and groups > 1:
-        # No fused kernel takes both a mask and grouped heads.
+        # Some kernels lay their result out as (B, groups, Hkv, D), so that it is no view.
+        return F.scaled_dot_product_attention(rows, k, v, seen).reshape(B, H, 1, D)
+    if groups > 1 and (seen is not None or q.is_cuda and q.dtype == torch.float32):
+        # No fused kernel takes grouped heads with a mask, nor, on CUDA, in float32.
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, D)
         groups = 1
     return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=groups > 1)
@@ -366,6 +368,7 @@ def short(S):
 # 1.05 times as fast as with a mask given to SDPA, at 4,096 forward and backward of attention alone
 # are 1.26 times as fast (H100, bfloat16).
 FLEX_FROM = 1024
+FLEX_BLOCK = 128  # rows; for fewer it takes another kernel, which does not know all shapes
 
 
 def fastest_attention(f, S, device, plain=choose_attention):
@@ -380,8 +383,9 @@ def fastest_attention(f, S, device, plain=choose_attention):
     if n == S and (f == torch.arange(1, n + 1)).all():
         return functools.partial(sdpa, causal=True)
     f = f.to(device, non_blocking=True)
-    if device.type == "cuda" and S >= FLEX_FROM and has_triton():
-        return functools.partial(attend_by_blocks, f=f, mask=block_mask(f, S))
+    if device.type == "cuda" and S >= FLEX_FROM and n >= FLEX_BLOCK and has_triton():
+        flex = compiled_flex()
+        return functools.partial(attend_by_blocks, f=f, mask=block_mask(f, S), flex=flex)
     seen = torch.arange(S, device=device) < f[:, :, None]  # (B, n, S)
     return functools.partial(sdpa, seen=seen[:, None])
 
@@ -456,7 +460,7 @@ class FusedShift(TokenShift):
 choose_attention, rms_norm, TokenShift = fastest_attention, fused_norm, FusedShift
 
 
-def block_mask(f, S, size=128):
+def block_mask(f, S, size=FLEX_BLOCK):
     """f (B, n) over S keys for FlexAttention: (n / size) * (S / size) indices, never n * S.
 
     Since a row sees leading tokens, a row of blocks is so many full ones, then some that need a
@@ -478,33 +482,47 @@ def block_mask(f, S, size=128):
     )
 
 
-def attend_by_blocks(q, k, v, f, mask):
+def attend_by_blocks(q, k, v, f, mask, flex):
     if q.shape[-1] < 16:  # FlexAttention has no kernel for such heads
         seen = torch.arange(k.shape[2], device=f.device) < f[:, :, None]  # (B, n, S)
         return sdpa(q, k, v, seen[:, None])
     grouped = q.shape[1] > k.shape[1]
-    return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
 @functools.cache
 def has_triton():
-    """Whether kernels can be compiled for CUDA; if not, on Windows for one, it is told once."""
+    """Whether FlexAttention can be compiled for CUDA; if not, on Windows for one, prints a line."""
     there = importlib.util.find_spec("triton") is not None
-    if os.name == "posix":  # there it asks for a C compiler, which small images have not
-        there = there and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if there and torch.cuda.get_device_capability() >= (7, 0):
+    if os.name == "posix":  # there it compiles a helper in C, for which small images lack a part
+        header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+        compilers = os.environ.get("CC", "cc"), "gcc", "clang"
+        there = there and os.path.exists(header) and any(map(shutil.which, compilers))
+    # Older cards have 64 KB of shared memory; in float32 heads of 128 need 80.
+    if there and torch.cuda.get_device_capability() >= (8, 0):
         return True
-    print("no Triton for this GPU, or no C compiler: long masks go to SDPA, which is slower and "
-          "needs more memory")
+    print("no Triton for this GPU, no C compiler or no Python.h: long masks go to SDPA, which is "
+          "slower and needs more memory")
     return False
 
 
-@functools.cache
-def compiled(function):
+def compiled(function, **options):
     """torch.compile, but not before it is needed: to import the compiler takes two seconds."""
-    # Beyond its limit of shapes FlexAttention would fall back to a matrix of T x T.
+    # Beyond its limit of shapes FlexAttention would fall back to a matrix of T x T, and a block to
+    # eager mode. It is set here, since within compiled code it would break the graph.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function)
+    return torch.compile(function, **options)
+
+
+@functools.cache
+def compiled_flex():
+    return compiled(flex_attention)
+
+
+def compile_blocks(model):
+    """Compile the blocks; they are alike and share a graph. Before recompute_blocks, not after."""
+    for block in model.blocks:
+        block.forward = compiled(block.forward, dynamic=True)
 
 
 def recompute_blocks(model):

@@ -177,7 +177,7 @@ from data import checkpoint, hf, loader, machine
 from data.scores import by_kind, needs_new_word, report, summary
 from data.tokenizer import Tokenizer
 from mask import annealed, check
-from model import GPT, GPTConfig, recompute_blocks
+from model import GPT, GPTConfig, compile_blocks, recompute_blocks
 
 FIRST_SAVE = 30  # seconds of training, after which there is a model to chat with
 
@@ -246,12 +246,11 @@ def begin(s, model=None, splits=None, watch=None):
     step = 0
     if state is not None:
         step = checkpoint.restore(state, model, optimizer, s.max_iters, out / "ckpt.pt")
-    if s.checkpointing:
-        recompute_blocks(model)
     if s.compile:
         machine.check_compiler(device)
-        for block in model.blocks:
-            block.compile(dynamic=True)
+        compile_blocks(model)
+    if s.checkpointing:
+        recompute_blocks(model)
     run = Run(
         s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began,
         former=out is not None and not s.resume and (out / "ckpt.pt").exists(),

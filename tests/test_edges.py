@@ -655,17 +655,18 @@ def some_f(rng, n, S):
 @pytest.fixture
 def card(monkeypatch):
     """A CUDA card with Triton and a compiler, by what torch says of it; nothing is compiled."""
-    told = {"capability": (9, 0), "triton": object(), "cc": "/usr/bin/cc"}
+    told = {"capability": (9, 0), "triton": object(), "cc": "/usr/bin/cc", "header": True}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: told["capability"])
     monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: told["triton"])
     monkeypatch.setattr(model_module.shutil, "which", lambda name: told["cc"])
+    monkeypatch.setattr(model_module.os.path, "exists", lambda path: told["header"])
     model_module.has_triton.cache_clear()
     yield told
     model_module.has_triton.cache_clear()
 
 
 @pytest.mark.parametrize(
-    "lacks", [{}, {"triton": None}, {"capability": (6, 1)}, {"cc": None}]
+    "lacks", [{}, {"triton": None}, {"capability": (7, 5)}, {"cc": None}, {"header": False}]
 )
 def test_without_triton_long_masks_go_to_sdpa(card, capsys, lacks):
     card.update(lacks)
@@ -683,15 +684,14 @@ def test_without_triton_long_masks_go_to_sdpa(card, capsys, lacks):
 
 
 @pytest.mark.parametrize("D", [2, 10, 12, 14])
-def test_no_compiled_kernel_for_heads_that_it_does_not_take(monkeypatch, D):
-    def refuse(function):
-        raise AssertionError("a kernel was compiled")
+def test_no_compiled_kernel_for_heads_that_it_does_not_take(D):
+    def refuse(*_, **__):
+        raise AssertionError("a compiled kernel")
 
-    monkeypatch.setattr(model_module, "compiled", refuse)
     torch.manual_seed(0)
     f = torch.randint(1, 41, (2, 40))
     q, k, v = torch.randn(2, 4, 40, D), torch.randn(2, 2, 40, D), torch.randn(2, 2, 40, D)
-    y = model_module.attend_by_blocks(q, k, v, f, None)
+    y = model_module.attend_by_blocks(q, k, v, f, None, refuse)
     assert torch.allclose(y, exact_attention(q, k, v, f), atol=1e-5)
 
 
