@@ -202,7 +202,8 @@ class Run:
     seen: int = 0  # tokens since then
     right: float = None  # the share of held-out answers, when last looked at
     told: bool = False  # that there is a checkpoint to chat with
-    former: bool = False  # there is a checkpoint of a run before this one
+    former: pathlib.Path = None  # where the first save puts the checkpoint of an earlier run
+    saved: bool = False  # that it has put it there
 
 
 def begin(s, model=None, splits=None, watch=None):
@@ -215,9 +216,9 @@ def begin(s, model=None, splits=None, watch=None):
         dtype = machine.connect(device, dtype)
     if s.init_from and pathlib.Path(s.init_from).resolve() == pathlib.Path(s.out_dir).resolve():
         raise ValueError(f"--out_dir {s.out_dir} is the folder of --init_from; name another")
-    out = None if splits else checkpoint.make_folder(s.out_dir)
-    if out is not None and RANK == 0:
-        checkpoint.hold(out)
+    if s.init_from and not (splits or s.resume) and pathlib.Path(s.out_dir, hf.WEIGHTS).exists():
+        raise ValueError(f"--out_dir {s.out_dir} holds a model, {hf.WEIGHTS}; name another")
+    out = None if splits else open_folder(s)
     # The sizes of the model and its tokenizer: from a published checkpoint, or from the settings.
     if s.init_from:
         tokenizer = hf.load_tokenizer(s.init_from)
@@ -234,7 +235,7 @@ def begin(s, model=None, splits=None, watch=None):
             print(machine.one_line(f"goes on with other settings than before: {others}"))
     splits = splits or prepare(s, tokenizer)
     check_mask(s.mask, splits["train"], s.answers_only)
-    if s.init_from and RANK == 0 and out is not None:
+    if s.init_from and RANK == 0 and out is not None and not s.resume:
         hf.copy_small_files(s.init_from, out)  # so that out_dir can be moved to another machine
     torch.manual_seed(s.seed)
     if model is None and s.init_from:
@@ -253,11 +254,26 @@ def begin(s, model=None, splits=None, watch=None):
         recompute_blocks(model)
     run = Run(
         s, device, dtype, tokenizer, splits, model, optimizer, out, step, watch, began,
-        former=out is not None and not s.resume and (out / "ckpt.pt").exists(),
     )
+    if out is not None and not s.resume and RANK == 0:
+        run.former, line = checkpoint.put_away(pathlib.Path(s.out_dir, "ckpt.pt"))
+        if line:
+            print(line)
     if watch is None:
         run.watch, run.bar = tell, announce(run)
     return run
+
+
+def open_folder(s):
+    """The folder of --out_dir, made and locked for this run. ValueError if it cannot be had."""
+    try:
+        out = checkpoint.make_folder(s.out_dir)
+    except OSError as error:
+        why = f"is no folder that can be written ({error.strerror}); name another"
+        raise ValueError(f"--out_dir {s.out_dir} {why}") from None
+    if RANK == 0:
+        checkpoint.hold(out)
+    return out
 
 
 def model_config(s, vocab_size):
@@ -423,17 +439,22 @@ def chat_command(s):
 
 
 def save(run):
-    """Write the checkpoint, whole or not at all. That of a run before this one is kept."""
-    if RANK == 0 and run.out is not None:
-        if run.former:
-            (run.out / "ckpt.pt").replace(run.out / "ckpt.before.pt")
-            (run.out / "metrics.json").unlink(missing_ok=True)
-            run.former = False
-        checkpoint.save_checkpoint(
-            run.out / "ckpt.pt", config=asdict(run.model.config), settings=asdict(run.s),
-            tokenizer=run.tokenizer.identity, model=run.model.state_dict(),
-            optimizer=run.optimizer.state_dict(), step=run.step,
-        )
+    """Write the checkpoint, whole or not at all. The first one puts an earlier run's away."""
+    if RANK > 0 or run.out is None:
+        return
+    checkpoint.save_checkpoint(
+        run.out / "ckpt.pt", run.former, config=asdict(run.model.config), settings=asdict(run.s),
+        tokenizer=run.tokenizer.identity, model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(), step=run.step,
+    )
+    if not run.saved and not run.s.resume:  # earlier figures go where their checkpoint went
+        figures, before = run.out / "metrics.json", run.out / "metrics.before.json"
+        if run.former is not None:
+            before.unlink(missing_ok=True)
+            if figures.exists():
+                figures.rename(before)
+        figures.unlink(missing_ok=True)
+    run.former, run.saved = None, True
 
 
 def look(run):
@@ -452,7 +473,8 @@ def finish(run):
     if run.step < run.s.max_iters:
         stopped = f"stopped after step {run.step} of {run.s.max_iters}"
         if run.out is not None:
-            stopped += f"; the same flags and --resume go on from {run.out / 'ckpt.pt'}"
+            path = pathlib.Path(run.s.out_dir, "ckpt.pt")
+            stopped += f"; the same flags and --resume go on from {path}"
         raise KeyboardInterrupt(stopped)
     metrics = measure(run)
     if RANK == 0 and run.out is not None:

@@ -9,6 +9,8 @@ makes the small model of the repository, with which sample.py chats before one i
 import json
 import os
 import pathlib
+import secrets
+import shutil
 import tempfile
 import threading
 import zipfile
@@ -29,16 +31,29 @@ except ImportError:  # Windows
 
 
 @contextmanager
-def whole_file(path):
-    """A file to write bytes to. It takes its name when all is on the disk: whole or not at all."""
+def whole_file(path, former=None):
+    """A file to write bytes to. It takes its name when all is on the disk: whole or not at all.
+
+    A link is followed, and what is no regular file, such as /dev/null, is written as it is.
+    former: the name under which a file that is there already is kept.
+    """
     path = pathlib.Path(path)
-    # The name is this process's own: two runs in one folder do not write into one file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = path.resolve()
+    # No other run has this name, be it of another machine: two do not write into one file.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, partial)
+            if former is not None:
+                path.replace(former)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -54,51 +69,52 @@ def write_json(path, content):
 
 
 def make_folder(path):
-    """The folder at a path, made if need be. ValueError, at the start, if it cannot be written."""
-    folder = pathlib.Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        why = f"is no folder that can be written ({error.strerror}); name another"
-        raise ValueError(f"--out_dir {folder} {why}") from None
+    """The folder at a path, absolute, made if need be. OSError if nothing can be written there."""
+    folder = pathlib.Path(path).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
 HELD = {}  # folder -> (the open file that keeps it locked, the thread that runs)
+LOCK = "ckpt.pt.lock"
+WRITTEN = "ckpt.pt", "metrics.json", "model.safetensors"  # of a run, by whole_file
 
 
 def hold(folder):
     """Lock a folder for this process, and remove what a killed run has left half written there.
 
-    ValueError if another run holds it. The lock ends with the process, however that ends; where the
-    system has none, on Windows, runs of two processes in one folder are not told.
+    ValueError if another run holds it. The lock ends with the process, however that ends. Where the
+    system has none, as on Windows, a second process in the folder is not noticed.
     """
     another = f"another run is writing to {folder}; name another --out_dir"
     file, thread = HELD.get(folder.resolve(), (None, None))
-    # What this same thread has locked is left of a run that failed.
+    # A lock of this thread is left over from a failed run.
     if thread not in (None, threading.current_thread()) and thread.is_alive():
         raise ValueError(another)
     if file is not None:
         file.close()
-    file = open(folder / "lock", "w")
+    file = open(folder / LOCK, "a")
+    locked = fcntl is not None
     try:
-        if fcntl is not None:
+        if locked:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(another) from None
-    except OSError:  # a disk without locks
-        pass
+    except OSError:  # a disk without locks: another machine may be writing
+        locked = False
     HELD[folder.resolve()] = file, threading.current_thread()
-    for partial in folder.glob("*.partial"):
-        partial.unlink()
+    if locked:
+        for name in WRITTEN:
+            for partial in folder.glob(f"{name}.????????.partial"):
+                partial.unlink()
 
 
 def let_go(folder):
     """Unlock a folder that `hold` has locked."""
     file, _ = HELD.pop(folder.resolve())
     file.close()
-    (folder / "lock").unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -106,8 +122,8 @@ def let_go(folder):
 VERSION = 1  # of what a checkpoint holds
 
 
-def save_checkpoint(path, **state):
-    """Write a checkpoint whole or not at all.
+def save_checkpoint(path, former=None, **state):
+    """Write a checkpoint whole or not at all; former: as of `whole_file`.
 
     ValueError, and the last good one stays, if a number in it is not finite or the disk is full.
     """
@@ -115,7 +131,7 @@ def save_checkpoint(path, **state):
         for name, x in slots.items():
             check_finite(x, state["step"], name)
     try:
-        with whole_file(path) as file:
+        with whole_file(path, former) as file:
             torch.save({"version": VERSION, "torch": str(torch.__version__), **state}, file)
     except (OSError, RuntimeError) as error:
         # torch's own error may hide the system's.
@@ -124,6 +140,32 @@ def save_checkpoint(path, **state):
             raise
         stays = "the checkpoint before it, if any, is whole"
         raise ValueError(f"{path} cannot be written ({reason.strerror}); {stays}") from None
+
+
+def put_away(path):
+    """Where the first save of a new run puts the checkpoint at its path: (a path, what to tell).
+
+    The path is None where there is none, or where one of more steps was put away before.
+    """
+    if not path.exists():
+        return None, ""
+    before = path.resolve().with_name("ckpt.before.pt")
+    steps, kept = steps_of(path), steps_of(before)
+    told = f"{path} has a model of {steps} steps, which becomes {before.name} when this run saves"
+    if kept > steps:
+        told = f"{path} has a model of {steps} steps, which this run replaces"
+        return None, f"{told}; {before.name} has one of {kept} steps and stays"
+    if before.exists():
+        told += f", in place of one of {kept} steps; --out_dir names another folder"
+    return before, told
+
+
+def steps_of(path):
+    """The steps of a checkpoint; 0 if it cannot be read."""
+    try:
+        return int(load_checkpoint(path)["step"])
+    except (ValueError, TypeError):
+        return 0
 
 
 def check_finite(x, step, what="the loss"):

@@ -17,7 +17,7 @@ import shutil
 
 import torch
 
-from data.checkpoint import whole_file
+from data.checkpoint import whole_file, write_json
 from data.hf_config import MASK_KEY, read_config, read_json, read_mask
 from data.hf_tokenizer import SYMBOLS, load_tokenizer
 from model import GPT, rope_tables
@@ -42,6 +42,7 @@ BLOCK_TENSORS = {
     "mlp.up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.down.weight": ["mlp.down_proj.weight"],
 }
+WEIGHTS = "model.safetensors"
 # All that a folder holds beside the weights.
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -123,8 +124,8 @@ def read_weights(folder):
 
     ValueError as above.
     """
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
+    if (folder / WEIGHTS).exists():
+        return read_safetensors(folder / WEIGHTS)
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         raise ValueError(f"{folder} has neither model.safetensors nor {index.name}")
@@ -231,13 +232,14 @@ def save_pretrained(model, source, folder, mask=""):
     folder.mkdir(parents=True, exist_ok=True)
     copy_small_files(source, folder)
     config = read_json(source / "config.json")
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # its older and its newer name
-    config[key] = str(dtype).removeprefix("torch.")
+    # The older and the newer name of one option; some folders have both.
+    for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:
+        config[key] = str(dtype).removeprefix("torch.")
     if mask:
         config[MASK_KEY] = mask
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_json(folder / "config.json", config)
     state, tensors, shapes = model.state_dict(), {}, {}
     for name, parts in checkpoint_parts(model).items():
         shapes |= parts
         tensors |= zip(parts, state[name].split([shape[0] for shape in parts.values()]))
-    write_safetensors(folder / "model.safetensors", shapes, dtype, tensors.get)
+    write_safetensors(folder / WEIGHTS, shapes, dtype, tensors.get)

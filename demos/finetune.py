@@ -169,6 +169,8 @@ def finetune(s, splits=None, watch=None):
 
     splits, watch: as of `train`; with splits no file is written.
     """
+    # Absolute, should a watch change the working directory.
+    source, out = pathlib.Path(s.init_from).absolute(), pathlib.Path(s.out_dir).absolute()
     if not s.lora:
         model = from_pretrained(s.init_from, s.block_size)
     else:
@@ -180,7 +182,7 @@ def finetune(s, splits=None, watch=None):
         add_lora(model, s.rank, s.alpha, s.layers.split(","))
     metrics = train(s, model, splits, watch)
     if RANK == 0 and splits is None:
-        save_pretrained(merge_lora(model), s.init_from, s.out_dir, s.mask)
+        save_pretrained(merge_lora(model), source, out, s.mask)
     return metrics
 
 

@@ -33,7 +33,7 @@ import sample as sample_module
 import train as train_module
 from data import machine
 from data.chats import read_chats
-from data.checkpoint import hold, let_go, load_checkpoint
+from data.checkpoint import LOCK, hold, let_go, load_checkpoint, write_json
 from data.loader import Split, prepare, read_splits
 from data.machine import Bar, check_compiler, pick_device, pick_dtype, printable
 from mask import MASKS
@@ -365,9 +365,12 @@ sys.stdin.read()
 
 @signals
 def test_a_second_run_in_a_folder_is_told(tmp_path):
-    mine, theirs = tmp_path / "ckpt.pt.1.partial", tmp_path / "ckpt.pt"
+    mine, theirs = tmp_path / "ckpt.pt.0123abcd.partial", tmp_path / "ckpt.pt"
+    others = [tmp_path / "movie.partial", tmp_path / "lock"]
+    others[0].write_bytes(b"a film"), others[1].write_bytes(b"a file")
+    (tmp_path / "smollm2.partial").mkdir()
     mine.touch(), theirs.write_bytes(b"good")
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "lock")],
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / LOCK)],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     s = Settings(**TINY, out_dir=str(tmp_path))
@@ -378,7 +381,8 @@ def test_a_second_run_in_a_folder_is_told(tmp_path):
     assert not mine.exists() and load_checkpoint(theirs)["step"] == 2
     hold(tmp_path)
     let_go(tmp_path)
-    assert not (tmp_path / "lock").exists()
+    assert not (tmp_path / LOCK).exists() and (tmp_path / "smollm2.partial").exists()
+    assert [path.read_bytes() for path in others] == [b"a film", b"a file"]
 
 
 def test_a_second_run_of_one_process_in_a_folder_is_told(tmp_path, monkeypatch):
@@ -1007,22 +1011,43 @@ def test_a_chat_takes_the_folder_of_a_run_and_tells_of_another_mask(trained):
     assert len(told) == 1
 
 
-def test_a_run_keeps_the_checkpoint_of_the_run_before(tmp_path):
+def test_a_run_keeps_the_longest_model_of_the_runs_before(tmp_path, capsys):
+    """Of each new run: its steps, those of the model that is then put away, and what it tells."""
     path, before = tmp_path / "ckpt.pt", tmp_path / "ckpt.before.pt"
-    train(Settings(**TINY, out_dir=str(tmp_path)))
-    first = path.read_bytes()
-    s = {**TINY, "max_iters": 4, "eval_interval": 2, "out_dir": str(tmp_path)}
+    runs = [(4, 0, ""), (2, 4, "4 steps, which becomes ckpt.before.pt when"),
+            (1, 4, "2 steps, which this run replaces; ckpt.before.pt has one of 4 steps and stays"),
+            (5, 4, "1 steps, which this run replaces"), (6, 5, "in place of one of 4 steps")]
+    for steps, kept, words in runs:
+        train(Settings(**{**TINY, "max_iters": steps}, out_dir=str(tmp_path)))
+        told = [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
+        assert words in "".join(told) and len(told) == (kept > 0)
+        assert load_checkpoint(path)["step"] == steps
+        if kept:
+            figures = json.loads((tmp_path / "metrics.before.json").read_text(encoding="utf-8"))
+            assert load_checkpoint(before)["step"] == figures["settings"]["max_iters"] == kept
+    train(Settings(**{**TINY, "max_iters": 7}, out_dir=str(tmp_path), resume=True))
+    assert load_checkpoint(before)["step"] == 5 and load_checkpoint(path)["step"] == 7
 
-    def looked(run, loss):
-        if run.step < 2:  # nothing is saved yet
-            assert path.read_bytes() == first and not before.exists()
-        elif run.step > 2:
-            assert before.read_bytes() == first and not (tmp_path / "metrics.json").exists()
 
-    train(Settings(**s), watch=looked)
-    assert before.read_bytes() == first and load_checkpoint(path)["step"] == 4
-    train(Settings(**{**s, "max_iters": 5}, resume=True))
-    assert before.read_bytes() == first and load_checkpoint(path)["step"] == 5
+@signals
+def test_what_a_run_or_a_chat_writes_goes_through_links_and_into_devices(tmp_path, monkeypatch):
+    large, out = tmp_path / "large", tmp_path / "out"
+    large.mkdir(), out.mkdir()
+    (out / "ckpt.pt").symlink_to(large / "ckpt.pt")
+    (out / "metrics.json").symlink_to("/dev/null")
+    monkeypatch.chdir(tmp_path)
+    elsewhere = lambda run, loss: os.chdir(large)  # as a reader's watch may
+    for steps in (2, 3):
+        train(Settings(**{**TINY, "max_iters": steps, "out_dir": "out"}), watch=elsewhere)
+        monkeypatch.chdir(tmp_path)
+    assert (out / "ckpt.pt").is_symlink() and load_checkpoint(large / "ckpt.pt")["step"] == 3
+    assert load_checkpoint(large / "ckpt.before.pt")["step"] == 2
+    write_json("/dev/null", {})
+    assert pathlib.Path("/dev/null").is_char_device()
+    private = tmp_path / "private.json"
+    private.touch(mode=0o600)
+    write_json(private, {})
+    assert private.stat().st_mode & 0o777 == 0o600
 
 
 def test_to_resume_with_other_settings_is_told(tmp_path, capsys):

@@ -357,7 +357,8 @@ def test_commands(tmp_path, chats, monkeypatch):
     assert done.returncode == 0 and done.stdout.startswith("> hello 3"), done.stderr
     for module, arguments, words in (
         (train_module, ("--init_from", "no-such"), "no-such/config.json cannot be read"),
-        (train_module, (*flags, "--block_size", "999"), "999 are asked for"),
+        (train_module, flags, "holds a model, model.safetensors; name another"),
+        (train_module, (*flags, "--block_size", "999", "--resume"), "999 are asked for"),
         (finetune_module, (), "--init_from FOLDER is needed"),
         (finetune_module, (*flags, "--layers", "qkv,head"), "qkv,out,up,down"),
         (sample_module, ("--ckpt", f"{out}/ckpt.pt"), "LoRA"),
