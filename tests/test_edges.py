@@ -657,20 +657,22 @@ def some_f(rng, n, S):
 
 
 @pytest.fixture
-def card(monkeypatch):
+def card(monkeypatch, tmp_path):
     """A CUDA card with Triton and a compiler, by what torch says of it; nothing is compiled."""
-    told = {"capability": (9, 0), "triton": object(), "cc": "/usr/bin/cc", "header": True}
+    told = {"capability": (9, 0), "triton": object(), "cc": "/usr/bin/cc", "header": str(tmp_path)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: told["capability"])
     monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: told["triton"])
     monkeypatch.setattr(model_module.shutil, "which", lambda name: told["cc"])
-    monkeypatch.setattr(model_module.os.path, "exists", lambda path: told["header"])
+    monkeypatch.setattr(model_module.sysconfig, "get_paths", lambda: {"include": told["header"]})
+    monkeypatch.setattr(model_module, "compiled_flex", lambda: None)
+    tmp_path.joinpath("Python.h").touch()
     model_module.has_triton.cache_clear()
     yield told
     model_module.has_triton.cache_clear()
 
 
 @pytest.mark.parametrize(
-    "lacks", [{}, {"triton": None}, {"capability": (7, 5)}, {"cc": None}, {"header": False}]
+    "lacks", [{}, {"triton": None}, {"capability": (7, 5)}, {"cc": None}, {"header": "/nowhere"}]
 )
 def test_without_triton_long_masks_go_to_sdpa(card, capsys, lacks):
     card.update(lacks)
