@@ -1,5 +1,5 @@
 """
-Six exercises: each asks for a few lines of code, and says right or wrong, with a hint.
+Six exercises: each asks for a few lines of code, and says right, wrong or open, with a hint.
 
     python demos/exercises.py          which of the six are right so far
     python demos/exercises.py 1        the task of the first, and the verdict on your answer
@@ -86,13 +86,20 @@ class Wrong(Exception):
     """An answer is wrong; the message is the hint."""
 
 
+class Open(Exception):
+    """An answer is missing; the message says which."""
+
+
 def check(right, hint):
     if not right:
         raise Wrong(hint)
 
 
 def begun(value, name):
-    check(value is not ..., f"{name} is still `...`")
+    if value is ...:
+        raise Open(f"{name} is still `...`")
+    if value is None:
+        raise Open(f"{name} is None")
     return value
 
 
@@ -223,6 +230,8 @@ def exercise_2(a):
     chat.send("I am Ann.")
     chat.send("Who am I?")
     off = off_by(chat)  # (T,)
+    if a.SEES_IT is ... and chat.cache.length == len(off) and off.max() < 1e-9:
+        raise Open("Late does what Chat does, and SEES_IT is still `...`")
     check_late(chat, off)
     name = begun(a.SEES_IT, "SEES_IT")
     failed = check_test(name, a.__file__)
@@ -301,9 +310,9 @@ def exercise_3(a):
     reaches j has seen it: not j itself, not the tokens that j sees, not those that these see, and
     so on, since layers stack.
 
-    - Write trained(segments, f): both (B, T) -> a boolean tensor (B, T). f may be any f, not only
-      one of mask.py. Derive it before you look at how mask.py does it: follow the paths, or find
-      what they come to.
+    - Write trained(segments, f): both (B, T) -> a boolean tensor (B, T). f may be any f in
+      which each token sees itself, f(j) >= j, not only one of mask.py. Derive it before you look
+      at how mask.py does it: follow the paths, or find what they come to.
     - LEAK is a dialogue for which the short rule "f(j) <= j, counting from 1" is not enough:
       ([segments], [f]), f your own, at which a position would be trained that has seen the answer.
     """
@@ -594,16 +603,19 @@ def load(path):
 
 
 def judge(number, path):
-    """The verdict on one exercise: (right, what to say about it)."""
+    """The verdict on one exercise: ("right", "wrong" or "open", what to say about it)."""
     try:
         with torch.no_grad():
-            return True, EXERCISES[number - 1](load(path))
-    except Wrong as wrong:
-        hint = str(wrong)
-        return False, hint if hint.endswith("?") else f"{hint}."
+            return "right", EXERCISES[number - 1](load(path))
+    except (Open, Wrong) as error:
+        hint = str(error)
+        verdict = "open" if isinstance(error, Open) else "wrong"
+        return verdict, hint if hint.endswith("?") else f"{hint}."
     except Exception as error:  # whatever a student's code may raise
+        if isinstance(error, AttributeError) and getattr(error.obj, "__name__", "") == "answers":
+            return "open", f"{error.name} is not in {path.name}."
         where = place(error, path)
-        return False, f"{path.name}, {where}: {type(error).__name__}: {error}"
+        return "wrong", f"{path.name}, {where}: {type(error).__name__}: {error}"
 
 
 def place(error, path):
@@ -625,21 +637,21 @@ def judge_one(number, path):
     """Print the task and the verdict on its answer -> whether it is right."""
     title, text = task(number)
     print(f"{number}. {title}\n\n{text}\n\nYour answer goes into {path}\n")
-    right, said = judge(number, path)
-    print(f"{'right' if right else 'wrong'}: {said}")
-    return right
+    verdict, said = judge(number, path)
+    print(f"{verdict}: {said}")
+    return verdict == "right"
 
 
 def judge_all(path):
     """Print a line for each exercise -> whether all are right."""
-    rights = []
+    verdicts = []
     for number in range(1, len(EXERCISES) + 1):
         title, _ = task(number)
-        right, _ = judge(number, path)
-        print(f"{number}. {title:34} {'right' if right else 'wrong'}", flush=True)
-        rights.append(right)
-    print("\npython demos/exercises.py N prints the task N, and why an answer is wrong.")
-    return all(rights)
+        verdict, _ = judge(number, path)
+        print(f"{number}. {title:34} {verdict}", flush=True)
+        verdicts.append(verdict)
+    print("\npython demos/exercises.py N prints the task N, and why an answer is wrong or open.")
+    return {*verdicts} == {"right"}
 
 
 def main():

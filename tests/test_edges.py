@@ -1007,10 +1007,10 @@ def test_a_chat_with_a_changed_layer_is_that_of_the_model(trained, monkeypatch):
 def test_a_chat_takes_the_folder_of_a_run_and_tells_of_another_mask(trained):
     told = []
     chat = load_chat(trained, "cpu", mask="causal", notify=told.append)
-    assert isinstance(chat.send("hi"), str)
     assert told == ["[trained under ism: to read well under causal it has to learn it first]"]
     load_chat(trained / "ckpt.pt", "cpu", mask="ism", notify=told.append)
     assert len(told) == 1
+    assert isinstance(chat.send("hi"), str)
 
 
 def test_a_run_keeps_the_longest_model_of_the_runs_before(tmp_path, capsys):
