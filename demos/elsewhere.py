@@ -35,23 +35,32 @@ def read(model, cache, tokens):
     return model(torch.tensor([tokens]), everything, None, cache).logits[0, -1]
 
 
+def turn_end(tokenizer):
+    """The token that the chat template writes behind an answer; eos_token may be another one."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
+    added = tokenizer.get_added_vocab().values()
+    return next((token for token in behind if token in added), tokenizer.eos_token_id)
+
+
 @torch.no_grad()
 def chat(model, tokenizer, queries, max_new_tokens=100):
     """Yield the answer to each query."""
-    cache, messages, known = DynamicCache(), [], ""
+    cache, messages, end = DynamicCache(), [], turn_end(tokenizer)
+    spelled = tokenizer.convert_ids_to_tokens(end)
     for query in queries:
         messages.append({"role": "user", "content": query})
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        new = tokenizer(text[len(known) :], add_special_tokens=False).input_ids
+        if len(messages) > 1:  # all up to the end of the last answer has been read
+            text = spelled.join(text.rsplit(spelled, 2 + query.count(spelled))[1:])
+        new = tokenizer(text, add_special_tokens=False).input_ids
         logits, answer = read(model, cache, new), []
-        while len(answer) < max_new_tokens and int(logits.argmax()) != tokenizer.eos_token_id:
+        while len(answer) < max_new_tokens and int(logits.argmax()) != end:
             answer.append(int(logits.argmax()))
             logits = read(model, cache, answer[-1:])
-        read(model, cache, [tokenizer.eos_token_id])  # by itself, see above
+        read(model, cache, [end])  # by itself, see above
         messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
-        # What has been read ends there; some templates take the spaces around an answer away.
-        known = tokenizer.apply_chat_template(messages, tokenize=False)
-        known = known[: known.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]
         yield messages[-1]["content"]
 
 
@@ -60,6 +69,8 @@ if __name__ == "__main__":
     if not queries or not Path(folder, "config.json").exists():
         sys.exit('usage: python demos/elsewhere.py FOLDER "a query" "the next one" ..., with the '
                  "folder of a model that was fine-tuned under ISM")
-    for answer in chat(AutoModelForCausalLM.from_pretrained(folder),
-                       AutoTokenizer.from_pretrained(folder), queries):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        sys.exit(f"elsewhere.py: {folder} has no chat template")
+    for answer in chat(AutoModelForCausalLM.from_pretrained(folder), tokenizer, queries):
         print(answer, flush=True)

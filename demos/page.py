@@ -46,17 +46,25 @@ class Settings:
     out: str = setting("out/page.html", "where the page goes")
 
 
-def examples(tokenizer):
-    """Name -> messages: a short dialogue, and of four families one that is in no training data."""
-    found = {"What is my name?": ANNA}
+def examples(tokenizer, context=100):
+    """Name -> messages: a short dialogue, and of four families one that is in no training data.
+
+    Those that fit into the context. ValueError if none does.
+    """
+    found = {}
+    if len(tokenizer.encode_dialogue(ANNA)[0]) <= context:
+        found["What is my name?"] = ANNA
     for family in ("recollection", "follow-up", "refinement", "reasoning"):
         for dialogue in generate("test", 1000, families=(family,)):
             messages = dialogue["messages"]
             tokens, _ = tokenizer.encode_dialogue(messages)
             # Some turns, and yet no more tokens than a screen has room for.
-            if len(messages) > 5 and len(tokens) < 100:
+            if len(messages) > 5 and len(tokens) < 100 and len(tokens) <= context:
                 found[family] = messages
                 break
+    if not found:
+        raise ValueError(f"the context of {context} tokens is shorter than each example; train "
+                         "with a longer --block_size")
     return found
 
 
@@ -109,7 +117,8 @@ def describe(name, messages, tokenizer, model=None):
     tokens, segments = tokenizer.encode_dialogue(messages)
     before = {mask: torch.zeros(1, 0, dtype=torch.long) for mask in MASKS}
     turns = []
-    for end in turn_ends(segments):
+    # A large model takes minutes.
+    for end in machine.Bar(turn_ends(segments), name, leave=False, disable=model is None):
         # f of the dialogue as it stands at this turn's end, and what of the cache holds under it.
         fs = {name: mask(torch.tensor([segments[:end]])) for name, mask in MASKS.items()}
         turn = {
@@ -172,7 +181,8 @@ def main():
         if s.ckpt:
             chat = load_chat(s.ckpt, "cpu", "float32")
             trained = next(name for name, mask in MASKS.items() if mask is chat.mask)
-            text = page(examples(chat.tokenizer), chat.tokenizer, chat.model, trained, race)
+            dialogues = examples(chat.tokenizer, chat.size)
+            text = page(dialogues, chat.tokenizer, chat.model, trained, race)
         else:
             tokenizer = Tokenizer()
             text = page(examples(tokenizer), tokenizer, race=race)

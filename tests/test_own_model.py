@@ -16,7 +16,6 @@ from test_chat import run
 from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
 from data.hf import from_pretrained, save_pretrained
-from data.hf_tokenizer import LAYOUTS
 from mask import MASKS, dense
 from sample import go_on, load_chat
 
@@ -308,7 +307,7 @@ def test_a_model_of_ism_elsewhere(kind, tmp_path):
     error tells.
     """
     fast = make_folder(kind, tmp_path)
-    fast.eos_token = LAYOUTS["llama3" if kind == "llama3" else "chatml"]["end"]
+    fast.eos_token = "q"  # a base model's is another token than that which ends a turn
     fast.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "nanoism_mask": "ism"}))

@@ -13,11 +13,12 @@ from conftest import ROOT
 from test_chat import run
 
 import model as model_module
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.dialogues import generate
 from data.tokenizer import PATTERN, Tokenizer
 from mask import MASKS, reusable
 from model import GPT, GPTConfig
-from sample import Chat
+from sample import SMALL_MODEL, Chat
 
 sys.path.insert(0, str(ROOT / "demos"))
 import page
@@ -538,3 +539,17 @@ def test_the_command_writes_one_file_that_needs_no_network(tmp_path):
     text = text.replace("http://www.w3.org/2000/svg", "")  # the name of a format, not an address
     network = r"https?:|src=|@import|url\(|fetch\(|XMLHttp"
     assert "{{DATA}}" not in text and not re.search(network, text)
+
+
+@pytest.mark.parametrize("block_size", [64, 16])
+def test_a_model_of_a_short_context(block_size, tmp_path, last_words, monkeypatch, capsys):
+    state = load_checkpoint(SMALL_MODEL)
+    state["config"]["block_size"] = block_size
+    save_checkpoint(tmp_path / "ckpt.pt", **state)
+    flags = ["--ckpt", str(tmp_path), "--out", str(tmp_path / "page.html")]
+    if block_size == 16:
+        assert "context of 16 tokens is shorter" in last_words(page, *flags)
+    else:
+        monkeypatch.setattr(sys, "argv", ["page.py", *flags])
+        page.main()
+        assert "recollection" in capsys.readouterr().err  # its bar, since a model may take minutes
