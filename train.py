@@ -177,7 +177,7 @@ from data import checkpoint, hf, loader, machine
 from data.scores import by_kind, needs_new_word, report, summary
 from data.tokenizer import Tokenizer
 from mask import annealed, check
-from model import GPT, GPTConfig, compile_blocks, recompute_blocks
+from model import GPT, GPTConfig, compile_blocks, recompute_blocks, upload
 
 FIRST_SAVE = 30  # seconds of training, after which there is a model to chat with
 
@@ -361,9 +361,7 @@ def to_device(device, tokens, at, targets):
     more = -len(at) % 64
     at = F.pad(at, (0, more))
     targets = F.pad(targets, (0, more), value=-100)
-    # MPS would go on with a tensor that is gone before it is copied.
-    wait = device.type == "mps"
-    return [x.to(device, non_blocking=not wait) for x in (tokens, at, targets)]
+    return [upload(x, device) for x in (tokens, at, targets)]
 
 
 def mask_at(step, s):

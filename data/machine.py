@@ -284,6 +284,13 @@ def check_compiler(device):
         raise ValueError("--compile needs a C++ compiler (g++ or clang++), which is not installed")
 
 
+def clock(device):
+    """The time in seconds, when the device has done what it was asked for; a GPU lags behind."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
 def autocast(device, dtype):
     """Where products of matrices are computed in dtype."""
     if dtype == torch.float32:

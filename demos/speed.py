@@ -107,12 +107,10 @@ def in_turns(calls, repeats, device):
     seconds = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = machine.clock(device)
             call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(machine.clock(device) - start)
     return seconds
 
 
@@ -156,7 +154,9 @@ def training(a):
             ends = []
 
             def watch(run, _, ends=ends):
-                ends.append(time.time() - run.since)
+                if run.step == run.s.max_iters:
+                    machine.clock(run.device)  # waits for a GPU
+                    ends.append(time.time() - run.since)
 
             train(Settings(**{**vars(s), "mask": name, "max_iters": steps}), None, splits, watch)
             if turn > 0:

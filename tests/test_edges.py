@@ -640,6 +640,8 @@ class OnCpu(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         if function is torch.Tensor.to:
             self.copies.append(kwargs)
         here = [torch.device("cpu") if isinstance(x, torch.device) else x for x in args]
