@@ -333,6 +333,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import time
 import warnings
 from dataclasses import replace
 
@@ -543,9 +544,6 @@ def recompute_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, **keep)
 
 
-USES_ONEDNN = torch.backends.mkldnn.enabled  # as it is for all else
-
-
 class PackedLinear(nn.Module):
     """A linear layer for chat on the CPU: its weight in fewer bits, what goes through in float32.
 
@@ -563,13 +561,8 @@ class PackedLinear(nn.Module):
         self.weight = weight.bfloat16()  # (out, in)
 
     def row(self, x):
-        """x (in,) -> (out,). 1.8 times as fast as a matrix of one row on AVX2."""
-        # On AVX512 oneDNN would do it, and take 3 times as long as torch itself.
-        torch.backends.mkldnn.enabled = False
-        try:
-            return torch.mv(self.weight, x.bfloat16()).float()
-        finally:
-            torch.backends.mkldnn.enabled = USES_ONEDNN
+        """x (in,) -> (out,)."""
+        return torch.mv(self.weight, x.bfloat16()).float()
 
     def unpacked(self):
         return self.weight.to(self.wide)  # (out, in)
@@ -582,10 +575,48 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class ColumnLinear(PackedLinear):
+    """In bfloat16 as well: the weight's columns are summed up, as much of each as x has.
+
+    An embedding bag does this, by FBGEMM and not by oneDNN: the head of SmolLM2 takes 0.8 times as
+    long on two threads as by torch.mv with AVX512, 0.65 times with AVX2.
+    """
+
+    def pack(self, weight):
+        out, n = weight.shape
+        # Its kernel is fastest with up to 512 sums at once, and each thread should have some.
+        pieces = min(out, max(torch.get_num_threads(), -(-out // 512)))
+        while out % pieces:
+            pieces += 1
+        self.weight = weight.bfloat16().t().contiguous().t()  # (out, in), columns in one piece
+        self.columns = self.weight.t().view(n * pieces, out // pieces)
+        places = torch.arange(n, dtype=torch.int32) * pieces  # (in,)
+        self.order = torch.cat([places + piece for piece in range(pieces)])
+        self.starts = torch.arange(pieces, dtype=torch.int32) * n
+
+    def row(self, x):
+        shares = x.bfloat16().repeat(len(self.starts))
+        sums = F.embedding_bag(self.order, self.columns, self.starts, mode="sum",
+                               per_sample_weights=shares)  # (pieces, out / pieces)
+        return sums.flatten().float()
+
+
+class FloatLinear(PackedLinear):
+    """In float32 by columns: fastest where the weight is small enough for the processor's cache."""
+
+    def pack(self, weight):
+        self.weight = weight.float().t().contiguous().t()  # (out, in)
+
+    def row(self, x):
+        return torch.mv(self.weight, x)
+
+
 class Int8Linear(PackedLinear):
     """The weight in 8 bits, with a scale for each of its rows. The operator is private to torch."""
 
     def pack(self, weight):
+        if weight.shape[1] % 16:  # the operator would read beyond the end of a row
+            raise NotImplementedError
         weight = weight.float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
         self.weight = (weight / scale).round().to(torch.int8)  # (out, in)
@@ -649,39 +680,77 @@ class PackedEmbedding(nn.Embedding):
         return super().forward(tokens).float()
 
 
-PACKED = {"bfloat16": PackedLinear, "int8": Int8Linear, "int4": Int4Linear}
+# The ways to hold a weight in so many bits. Where there are several, a trial decides.
+PACKED = {"bfloat16": (PackedLinear, ColumnLinear), "int8": (Int8Linear,), "int4": (Int4Linear,)}
+AUTO = *PACKED["bfloat16"], FloatLinear
 
 
 def pack(model, kind, wide=torch.float32):
     """A model for chat on the CPU with weights in fewer bits: a kind of PACKED -> the model.
 
-    What goes through it, the norms and the cache are float32. On two cores SmolLM2-135M writes 2.5,
-    2.4 and 2.9 times as many tokens a second in bfloat16, int8 and int4 as in float32 with AVX512,
-    2.2, 1.9 and 2.2 times with AVX2. Its probabilities are nearer to float32's in int4 than in int8
-    (KL 0.0007 and 0.003).
+    What goes through it, the norms and the cache are float32. "auto" is bfloat16, or float32 for
+    weights that are read faster so. Where torch has no operator for a shape in fewer bits, or one
+    that is wrong, its weights are in bfloat16, and a line says so.
     """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
+    shapes = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 # The head in 4 bits is 9 % off in SmolLM2, other layers 0.5 %; 8 are no faster.
-                fewest = PackedLinear if child is model.head else PACKED[kind]
-                setattr(module, name, packed(child, fewest, wide))
-    weight = model.embed.weight.detach().bfloat16()
-    model.embed = PackedEmbedding.from_pretrained(weight)
+                head = child is model.head and kind in ("int8", "int4")
+                shape = tuple(child.weight.shape), "bfloat16" if head else kind
+                shapes.setdefault(shape, []).append((parent, name, child))
+    for (shape, use), places in shapes.items():
+        layers = [child for *_, child in places]
+        way = fastest(layers, AUTO if use == "auto" else PACKED[use], wide)
+        if way is None:
+            print(f"torch multiplies no weights of {shape} in {use}: they are in bfloat16")
+            way = fastest(layers, PACKED["bfloat16"], wide) or PackedLinear
+        for parent, name, child in places:
+            setattr(parent, name, way(child, wide))
+    model.embed = PackedEmbedding.from_pretrained(model.embed.weight.detach().bfloat16())
     for name, p in model.named_parameters():
         if name != "embed.weight":
             p.data = p.data.float()
     return model
 
 
-def packed(linear, kind, wide):
-    """A packed layer; in bfloat16 where torch has no operator for its shape in fewer bits."""
+@torch.inference_mode()
+def fastest(linears, ways, wide):
+    """The way to pack these layers, of one shape, that is right and takes least time; or None.
+
+    As many are timed as do not stay in the processor's cache, since in a chat none does.
+    """
+    timed = 1 + (1 << 23) // linears[0].weight.numel() if len(ways) > 1 else 1
+    x = torch.randn(1, linears[0].in_features, generator=torch.Generator())  # (1, in)
+    trials = {}
+    for way in ways:
+        layers = packed(linears[:timed], way, wide, x)
+        if layers:
+            trials[way] = layers
+    seconds = {way: [] for way in trials}
+    # In turns, so that whatever else the machine does slows them down alike.
+    for _ in range(5 if len(trials) > 1 else 0):
+        for way, layers in trials.items():
+            start = time.perf_counter()
+            for layer in layers:
+                layer(x)
+            seconds[way].append(time.perf_counter() - start)
+    return min(trials, key=lambda way: min(seconds[way], default=0), default=None)
+
+
+def packed(linears, way, wide, x):
+    """The layers packed in a way; [] if torch has no operator for it, or one that is wrong here."""
     try:
-        layer = kind(linear, wide)
-        layer.row(torch.zeros(linear.in_features))
-        return layer
+        layers = [way(linear, wide) for linear in linears]
+        got = layers[0].row(x[0])  # (out,)
     except (AttributeError, NotImplementedError, RuntimeError):
-        return PackedLinear(linear, wide)
+        return []
+    weight = layers[0].unpacked().float()  # (out, in)
+    error = (got - weight @ x[0]).norm()
+    # Each product is rounded in bfloat16, by up to 0.8 %; their sum grows as a random walk.
+    size = (weight.abs() @ x[0].abs()).norm() / x.numel() ** 0.5
+    return layers if error <= 0.02 * size else []
 
 
 def one_by_one(model, cache):

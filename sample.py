@@ -302,9 +302,7 @@ def stored(model, device, dtype):
     """A model for chat on its device, its weights in a dtype of DTYPES."""
     if device.type != "cpu":
         return model.to(device, machine.pick_dtype(dtype, device))
-    if dtype == "auto":
-        dtype = "float32" if model.n_params() < SMALL else "bfloat16"
-    if dtype == "float32":
+    if dtype == "float32" or dtype == "auto" and model.n_params() < SMALL:
         return by_columns(model.float())
     return pack(model, dtype, machine.pick_dtype("auto", device))
 

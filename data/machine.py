@@ -246,20 +246,21 @@ def pick_dtype(name, device):
         return torch.float32
     # A few rows are enough to see a CPU without bfloat16, which takes 30 to 100 times as long.
     for rows in (8, 512):
-        if seconds_of_product(rows, torch.bfloat16) > 0.8 * seconds_of_product(512, torch.float32):
+        narrow, full = [], []
+        for _ in range(3):  # in turns, so that another program's load slows both down alike
+            narrow.append(seconds_of_product(rows, torch.bfloat16))
+            full.append(seconds_of_product(512, torch.float32))
+        if min(narrow) > 0.8 * min(full):
             return torch.float32
     return torch.bfloat16
 
 
 def seconds_of_product(rows, dtype):
-    """The seconds of a product of matrices with so many rows: the least of three."""
+    """The seconds of a product of matrices with so many rows."""
     x, w = torch.ones(rows, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        x @ w
-        times.append(time.perf_counter() - start)
-    return min(times)
+    start = time.perf_counter()
+    x @ w
+    return time.perf_counter() - start
 
 
 def describe():
