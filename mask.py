@@ -64,9 +64,9 @@ def prefix(segments):
 MASKS = {"causal": causal, "prefix": prefix, "ism": ism}
 
 
-def dense(f):
-    """f (B, T) -> booleans (B, T, T), True where row j may attend to column i."""
-    return torch.arange(f.shape[1], device=f.device) < f[:, :, None]
+def dense(f, S=0):
+    """f (B, T) -> booleans (B, T, S), True where row j may attend to column i; S is T if 0."""
+    return torch.arange(S or f.shape[1], device=f.device) < f[:, :, None]
 
 
 def loss_positions(segments, f, answers_only=True):

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mask import check
+from mask import check, dense
 
 
 @dataclass
@@ -74,7 +74,7 @@ def choose_attention(f, S, device):
 
     This is the plain way. Below the line stands one that chooses the fastest among equals.
     """
-    hidden = torch.arange(S) >= f[:, :, None]  # (B, n, S)
+    hidden = ~dense(f, S)  # (B, n, S)
     bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
     bias = bias[:, None].to(device)  # (B, 1, n, S)
     return lambda q, k, v: attention(q, k, v, bias)
@@ -149,18 +149,15 @@ class LayerCache:
         return self.x.index_select(1, known)
 
 
-def rms_norm(x, weight, eps):
-    """x (..., C) over the root of its mean square, times a weight (Zhang and Sennrich, 2019)."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight.to(x.dtype)
-
-
 class RMSNorm(nn.Module):
+    """x (..., C) over the root of its mean square, times a weight (Zhang and Sennrich, 2019)."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype)
 
 
 class TokenShift(nn.Module):
@@ -204,14 +201,11 @@ class Attention(nn.Module):
         if self.shift is not None:
             x = self.shift(x, cache)  # (B, n, C)
         qkv = self.qkv(x).view(B, n, H + 2 * Hkv, D)
-        # Queries and keys are treated alike, so they stay in one tensor until they are turned.
-        qk, v = qkv.split((H + Hkv, Hkv), 2)  # (B, n, H + Hkv, D), (B, n, Hkv, D)
+        q, k, v = qkv.split((H, Hkv, Hkv), 2)  # (B, n, H, D), (B, n, Hkv, D) and again
         if self.q_norm is not None:
-            weights = self.q_norm.weight.expand(H, D), self.k_norm.weight.expand(Hkv, D)
-            qk = rms_norm(qk, torch.cat(weights), self.q_norm.eps)
-        qk = rotate(qk, rotation).transpose(1, 2)  # (B, H + Hkv, n, D)
-        q, k = qk.split((H, Hkv), 1)  # (B, H, n, D), (B, Hkv, n, D)
-        v = v.transpose(1, 2)  # (B, Hkv, n, D)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, n, D), (B, Hkv, n, D) and again
         if cache is not None:
             k, v = cache.add(k, v)  # (B, Hkv, S, D)
         y = attend(q, k, v)  # (B, H, n, D)
@@ -263,6 +257,9 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        # What `faster`, below the line, replaces by an equal: the choice of attention, and what
+        # reads one token in a chat (None: this same class does).
+        self.choose_attention, self.reader = choose_attention, None
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         if not table.is_meta:  # on that device shapes alone are wanted, no numbers
@@ -278,12 +275,13 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("q_norm.weight"):
                 # Sharp enough from the start to single out a token among many.
-                nn.init.constant_(p, 2.0)
+                p.data.mul_(2)
             elif name.endswith("shares"):
                 # Random shares keep the positions apart: equal ones of 0.3 left the loss at 0.92
                 # after 600 steps, these at 0.73.
                 nn.init.normal_(p, std=0.5)
-            elif p.dim() == 2:
+            elif p.dim() == 2 and (p != p[0, 0]).any():
+                # (One number everywhere, zeros say, stands there since its layer wants it so.)
                 # What writes to the residual stream starts smaller, since the layers add up.
                 writes = name.endswith(("out.weight", "down.weight"))
                 layers = 2 * self.config.n_layer if writes else 1
@@ -307,7 +305,7 @@ class GPT(nn.Module):
         if f is None:
             f = torch.arange(start + 1, end + 1).expand(tokens.shape)
         check(f, tokens.shape)
-        attend = choose_attention(f, end, tokens.device)
+        attend = self.choose_attention(f, end, tokens.device)
         places = torch.arange(start, end, device=tokens.device)  # (n,)
         logits = self.layers(tokens, attend, places, end, cache, at)
         if cache is not None:
@@ -328,6 +326,7 @@ class GPT(nn.Module):
 
 # ==== below this line: what makes it faster or safer, and changes no result ====
 import contextlib
+import copy
 import functools
 import importlib.util
 import os
@@ -409,7 +408,7 @@ def normalize(x, eps):
 
 
 class NormFunction(torch.autograd.Function):
-    """rms_norm with its gradient written out: on a CPU it takes half of the time."""
+    """RMSNorm with its gradient written out: on a CPU it takes half of the time."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -426,15 +425,15 @@ class NormFunction(torch.autograd.Function):
         return torch.addcmul(dy, normal, along, value=-1).mul_(scale), dweight, None
 
 
-def fused_norm(x, weight, eps, plain=rms_norm):
-    """As rms_norm, which PyTorch puts together from many small operations on a CPU."""
-    if not x.is_cpu or x.dtype == torch.float64:
-        return plain(x, weight, eps)
-    if torch.is_grad_enabled() and x.dtype == torch.float32:
-        return NormFunction.apply(x, weight, eps)
-    if torch.is_grad_enabled():
-        return plain(x, weight, eps)
-    return normalize(x, eps)[0] * weight.to(x.dtype)
+class FusedNorm(RMSNorm):
+    """RMSNorm, which PyTorch puts together from many small operations on a CPU, of fewer."""
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return normalize(x, self.eps)[0] * self.weight.to(x.dtype)
+        if x.dtype == torch.float32:
+            return NormFunction.apply(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class ShiftFunction(torch.autograd.Function):
@@ -459,16 +458,12 @@ class ShiftFunction(torch.autograd.Function):
 
 
 class FusedShift(TokenShift):
-    """As TokenShift."""
+    """TokenShift in training with the function above."""
 
     def forward(self, x, cache=None):
-        if cache is None and x.is_cpu and torch.is_grad_enabled() and x.dtype == self.shares.dtype:
+        if cache is None and torch.is_grad_enabled() and x.dtype == self.shares.dtype:
             return ShiftFunction.apply(x, self.shares)
         return super().forward(x, cache)
-
-
-# From here on what stands above finds these.
-choose_attention, rms_norm, TokenShift = fastest_attention, fused_norm, FusedShift
 
 
 def block_mask(f, S, size=FLEX_BLOCK):
@@ -753,24 +748,6 @@ def packed(linears, way, wide, x):
     return layers if error <= 0.02 * size else []
 
 
-def one_by_one(model, cache):
-    """A function that reads one token faster than the model: token -> logits (V,); or None.
-
-    It is None where there is none, and where a layer was changed, which Steps knows nothing of.
-    """
-    if cache.k.device.type == "cuda":
-        return Replay(model, cache)
-    if cache.k.device.type != "cpu":
-        return None
-    try:
-        # Two tokens are enough to try, so the cache of the trial is no larger.
-        config = replace(model.config, block_size=2)
-        trial = Steps(model, Cache(config, dtype=cache.k.dtype))
-        return Steps(model, cache) if trial.agrees() else None
-    except (AttributeError, RuntimeError, TypeError):  # a layer of another kind
-        return None
-
-
 class Steps:
     """One token after another on the CPU, with a batch of one: GPT.layers written out for one row.
 
@@ -791,28 +768,6 @@ class Steps:
                 q_weight = attention.q_norm.weight.expand(c.n_head, -1)
                 k_weight = attention.k_norm.weight.expand(c.n_kv_head, -1)
                 self.qk_weights.append(torch.cat([q_weight, k_weight]).detach())  # (H + Hkv, D)
-
-    def agrees(self):
-        """Whether a token gets the model's own logits here: one of eight.
-
-        Packed layers round what goes through them to bfloat16. A number that differs in its last
-        digit may be rounded the other way, as with one token in seven of SmolLM2. With a changed
-        layer no token agrees.
-        """
-        return any(map(self.agrees_at, range(min(8, self.model.config.vocab_size))))
-
-    @torch.inference_mode()
-    def agrees_at(self, token):
-        """Whether this token, twice in an empty cache, gets the model's own logits."""
-        model, cache = self.model, self.cache
-        given = torch.tensor([[token]])
-        cache.length = 0
-        model(given, None, cache)
-        expected = model(given, None, cache)[0, 0]  # (V,)
-        cache.length = 1
-        got = self(token)  # (V,)
-        digits = 0.03 if cache.k.dtype == torch.bfloat16 else 1e-3
-        return bool((got - expected).abs().max() <= digits * expected.abs().max())
 
     @torch.inference_mode()
     def __call__(self, token):
@@ -838,8 +793,9 @@ class Steps:
         H, Hkv, D = self.sizes
         attention, cache = self.model.blocks[i].attention, self.cache
         if self.shares:
-            cache.x[i, 0, place + 3] = x[0]
-            x = x + (cache.x[i, 0, place : place + 3] * self.shares[i]).sum(0)
+            reach = len(self.shares[i])
+            cache.x[i, 0, place + reach] = x[0]
+            x = x + (cache.x[i, 0, place : place + reach] * self.shares[i]).sum(0)
         qkv = attention.qkv.forward(x).view(H + 2 * Hkv, D)
         qk = qkv[: H + Hkv]
         if self.qk_weights:
@@ -928,3 +884,161 @@ def no_waits():
 @functools.cache
 def capture_stream(device):
     return torch.cuda.Stream(device)
+
+
+FASTER = {RMSNorm: FusedNorm, TokenShift: FusedShift}  # layers in training on the CPU
+
+
+def faster(model, dtype=torch.float32, tell=print):
+    """Swap ways of the lesson for faster ones that compute the same -> the model.
+
+    The lesson is what counts, whoever changed it: each way is compared with it on random numbers,
+    values and gradients, in float32 and in the dtype of a training. One that gives anything else
+    stands back, and `tell` is called with a line that says so. In eval mode, which is that of a
+    chat, model.reader becomes what reads one token after another.
+    """
+    on_cpu = model.norm.weight.device.type == "cpu"
+    random = torch.Generator().manual_seed(0)
+    changed = []
+    # A layer that draws random numbers in training, for dropout, must not move those of the run.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        for plain, fast in FASTER.items():
+            layers = [layer for layer in model.modules() if type(layer) is plain]
+            if on_cpu and all(same_layer(layer, fast, dtype, random) for layer in layers):
+                for layer in layers:
+                    layer.__class__ = fast
+            elif on_cpu:
+                changed.append(plain.__name__)
+        if same_attention(model, dtype, random):
+            model.choose_attention = fastest_attention
+        else:
+            changed.append("attention")
+        if not model.training:
+            with torch.inference_mode():
+                reader = choose_reader(model, tell)
+            model.reader = None if changed else reader
+            if model.reader is None:
+                changed.append("reading one token")
+    if changed:
+        ways = ", ".join(changed)
+        tell(f"model.py was changed: it runs as written there, without faster ways for {ways}")
+    return model
+
+
+def same_layer(layer, fast, dtype, random):
+    """Whether a layer computes the same as one of the class `fast`, in training and without."""
+    width = next(layer.parameters()).shape[-1]
+    # Some rows are so small that an epsilon counts.
+    sizes = torch.logspace(-3, 0, 16)[:, None]
+    x = torch.randn(2, 16, width, generator=random) * sizes  # (2, 16, width)
+    for kind in {torch.float32, dtype}:
+        one, two = copy.deepcopy(layer).cpu().float(), copy.deepcopy(layer).cpu().float()
+        # What an __init__ has set to 0 or 1 may become any number.
+        for p, q in zip(one.parameters(), two.parameters()):
+            p.data = torch.randn(p.shape, generator=random)
+            q.data = p.data
+        two.__class__ = fast
+        if not same(one, two, [x.to(kind)], kind):
+            return False
+    return True
+
+
+def same_attention(model, dtype, random):
+    """Whether the lesson's attention is that of the fused kernels: over few keys and over many."""
+    c, device = model.config, model.norm.weight.device
+    sizes = [(40, 40), (4, min(max(c.block_size, 300), 4096))]
+    for kind in {torch.float32, dtype}:
+        # Large scores tell a cap; in bfloat16 they would be no more than their rounding.
+        size = 4 if kind == torch.float32 else 1
+        for n, S in sizes:
+            f = torch.randint(1, S + 1, (1, n), generator=random)  # (1, n)
+            f[0, 0] = S
+            shapes = (c.n_head, n), (c.n_kv_head, S), (c.n_kv_head, S)
+            qkv = [torch.randn(1, *shape, c.head_size, generator=random) for shape in shapes]
+            qkv[0] *= size
+            qkv = [x.to(device, kind) for x in qkv]
+            seen = torch.arange(S) < f[:, :, None]  # (1, n, S)
+            fused = functools.partial(sdpa, seen=seen[:, None].to(device))
+
+            def lesson(q, k, v, f=f, S=S):
+                return model.choose_attention(f, S, device)(q, k, v)
+
+            if not same(lesson, fused, qkv, kind):
+                return False
+    return True
+
+
+def same(one, two, given, kind):
+    """Whether two functions of tensors have the same values and gradients, with grad and without.
+
+    False where one of them fails: then the lesson's own runs, and fails where it is wrong.
+    """
+    digits = 1e-4 if kind == torch.float32 else 0.03
+    try:
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), torch.autocast(
+                    given[0].device.type, kind, enabled=kind != torch.float32):
+                for a, b in zip(outcome(one, given, grad), outcome(two, given, grad), strict=True):
+                    if not (a - b).abs().max() <= digits * a.abs().max():
+                        return False
+    except Exception:  # a changed layer may fail in any way
+        return False
+    return True
+
+
+def outcome(function, given, grad):
+    """The value of a function, and if `grad` the gradients of what it was given and of its own."""
+    given = [x.detach().requires_grad_(grad) for x in given]
+    y = function(*given)
+    if not grad:
+        return [y]
+    wanted = given + (list(function.parameters()) if isinstance(function, nn.Module) else [])
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
+    return [y, *torch.autograd.grad((y * weights).sum(), wanted, materialize_grads=True)]
+
+
+def choose_reader(model, tell):
+    """What reads one token after another faster than the model, Steps or Replay -> it, or None.
+
+    Some sixty different tokens are read: at once without a cache, and with one, where the first and
+    the last few are read one by one, by the model and by the faster way.
+    """
+    c, weight = model.config, model.norm.weight
+    n, few = min(64, c.block_size), min(5, c.block_size // 2)
+    tokens = torch.arange(n, device=weight.device) * 7 % c.vocab_size  # (n,)
+    cache = Cache(replace(c, block_size=n), device=weight.device, dtype=weight.dtype)
+    way = Steps if weight.device.type == "cpu" else Replay
+    try:
+        one = way(model, cache)
+    except Exception:  # a changed layer may fail in any way
+        way = None
+    places, expected = [*range(few), *range(n - few, n)], []
+    for place in places:
+        if cache.length < place:  # those between the first few and the last
+            model(tokens[None, few:-few], None, cache)
+        expected.append(model(tokens[None, place : place + 1], None, cache)[0, 0])
+    expected = torch.stack(expected).float()  # (2 * few, V)
+    whole = model(tokens[None])[0, places].float()  # (2 * few, V)
+    packed = any(isinstance(layer, PackedLinear) for layer in model.modules())
+    rounded = packed or weight.dtype != torch.float32
+    if not (whole - expected).norm() <= (0.1 if rounded else 1e-3) * whole.norm():
+        tell("model.py gives other logits with a cache than without: what a layer takes from other "
+             "tokens of the row has to go through the cache, as in TokenShift")
+        return None
+    if way is None:
+        return None
+    wrong = []
+    try:
+        # From the last one on, so that before each stands what the model has put there.
+        for place, right in reversed([*zip(places, expected)]):
+            cache.length = place
+            found = one(int(tokens[place])).float()  # (V,)
+            wrong.append(float((found - right).abs().max() / right.abs().max()))
+    except Exception:
+        return None
+    # A packed layer rounds its input, and a number that differs in its last digit may be rounded
+    # the other way, as with one token in seven of SmolLM2. With a changed layer no token agrees.
+    if packed:
+        wrong = [min(wrong[:few]), min(wrong[few:])]
+    digits = 0.03 if weight.dtype == torch.bfloat16 else 1e-3
+    return way if all(x <= digits for x in wrong) else None

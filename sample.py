@@ -15,7 +15,7 @@ import torch
 
 from data.machine import clock
 from mask import check, reusable
-from model import Cache, one_by_one
+from model import Cache
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
@@ -61,7 +61,8 @@ class Chat:
         weight = model.norm.weight
         self.device, self.size = weight.device, model.config.block_size
         self.cache = Cache(model.config, device=weight.device, dtype=weight.dtype)
-        self.read_one = one_by_one(model, self.cache)  # a faster way for one token, if there is one
+        # A faster way to read one token, if the model was given one: `faster` of model.py.
+        self.read_one = model.reader and model.reader(model, self.cache)
         self.silent = torch.tensor(tokenizer.unsayable, device=self.device)
         self.stop = False  # set it from a signal handler or another thread to end the answer
         self.busy = threading.Lock()  # held while a turn is open
@@ -217,7 +218,7 @@ from data.checkpoint import load_checkpoint, write_json
 from data.machine import one_line, printable
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw
-from model import GPT, PACKED, GPTConfig, by_columns, pack
+from model import GPT, PACKED, GPTConfig, by_columns, faster, pack
 
 
 def query_tokens(chat, message):
@@ -285,12 +286,14 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     # The model was trained with the system prompt that its template has for whoever gives none.
     if settings.get("system") is None:
         settings["system"] = tokenizer.default_system
-    chat = Chat(stored(model, device, dtype), tokenizer, MASKS[mask], **settings)
+    told = []
+    model = faster(stored(model, device, dtype).eval(), tell=told.append)
+    chat = Chat(model, tokenizer, MASKS[mask], **settings)
     if mask != trained_under:
         learn = f"to read well under {mask} it has to learn it first"
         chat.notify(f"[trained under {trained_under}: {learn}]")
-    if device.type == "cpu" and chat.read_one is None:
-        chat.notify("[a layer of model.py was changed: answers are written by it alone, slower]")
+    for line in told:
+        chat.notify(f"[{line}]")
     return chat
 
 

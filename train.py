@@ -177,7 +177,7 @@ from data import checkpoint, hf, loader, machine
 from data.scores import by_kind, needs_new_word, report, summary
 from data.tokenizer import Tokenizer
 from mask import annealed, check
-from model import GPT, GPTConfig, compile_blocks, recompute_blocks, upload
+from model import GPT, GPTConfig, compile_blocks, faster, recompute_blocks, upload
 
 FIRST_SAVE = 30  # seconds of training, after which there is a model to chat with
 
@@ -247,6 +247,7 @@ def begin(s, model=None, splits=None, watch=None):
     step = 0
     if state is not None:
         step = checkpoint.restore(state, model, optimizer, s.max_iters, out / "ckpt.pt")
+    faster(model.train(), dtype, print if RANK == 0 else lambda line: None)
     if s.compile:
         machine.check_compiler(device)
         compile_blocks(model)

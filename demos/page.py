@@ -26,7 +26,6 @@ from data.dialogues import generate
 from data.machine import setting
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
-from model import choose_attention
 from sample import load_chat
 
 ANNA = [
@@ -73,7 +72,7 @@ def look(model, tokens, f):
     probabilities (T, V) of what follows each token.
     """
     T = tokens.shape[1]
-    attend = choose_attention(f, T, tokens.device)
+    attend = model.choose_attention(f, T, tokens.device)
     weights = []
 
     def record(q, k, v):

@@ -40,7 +40,7 @@ from data.tokenizer import Tokenizer
 from demos import peers
 from demos.output import check_writable, color, picture, plt
 from mask import MASKS, causal, ism
-from model import GPT, PACKED, Cache, GPTConfig, choose_attention, one_by_one
+from model import GPT, PACKED, Cache, GPTConfig, faster, fastest_attention
 from sample import Chat, stored
 from train import Settings, make_optimizer, model_config, predicted, train
 
@@ -182,7 +182,7 @@ def by_length(a):
 
         calls = {}
         for mask in (causal, ism):
-            attend = choose_attention(mask(segments), T, a.device)
+            attend = fastest_attention(mask(segments), T, a.device)
             calls[mask.__name__] = functools.partial(both_ways, attend)
         results[T] = ratio(in_turns(calls, a.repeats(20), a.device), "ism", "causal")
     return results
@@ -305,7 +305,7 @@ def writer(model, n):
     device = model.norm.weight.device
     prompt = torch.ones(1, 16, dtype=torch.long, device=device)
     cache = Cache(model.config, device=device, dtype=model.norm.weight.dtype)
-    read_one = one_by_one(model, cache)
+    read_one = faster(model.eval()).reader(model, cache)
 
     @torch.inference_mode()
     def call():

@@ -55,7 +55,7 @@ from data.checkpoint import write_json
 from data.machine import setting
 from demos.output import check_writable, color, picture, plt, table
 from mask import MASKS, causal, dense, ism, one_pass
-from model import GPT, GPTConfig, choose_attention
+from model import GPT, GPTConfig, faster
 
 # The letters in the shapes: B random draws of the task, n examples, T tokens, and these.
 D = 16  # dimensions of an input
@@ -536,7 +536,7 @@ class NumberGPT(GPT):
     def forward(self, x, f):
         """x (B, n, n_in), f (1, n) -> (B, n, 1)."""
         n = x.shape[1]
-        attend = choose_attention(f, n, x.device)
+        attend = self.choose_attention(f, n, x.device)
         return self.layers(x, attend, torch.arange(n), n)
 
 
@@ -545,7 +545,8 @@ def train_one(task, mask, seed, steps, batch=64, peak=3e-3):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     sizes = {"n_layer": 2, "n_embd": 48, "n_hidden": 96, "tie_embeddings": False}
-    model = NumberGPT(GPTConfig(vocab_size=1, block_size=task.T, **sizes), task.d + 2)
+    config = GPTConfig(vocab_size=1, block_size=task.T, **sizes)
+    model = faster(NumberGPT(config, task.d + 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
     for step in range(steps):
         # The rate rises for 50 steps and falls in the last 40 %.

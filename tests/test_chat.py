@@ -10,13 +10,12 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model as model_module
 import sample as sample_module
 import train as train_module
 from data.machine import printable
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, faster, sdpa
 from sample import Chat, go_on, sample
 
 TOKENIZER = Tokenizer()
@@ -139,19 +138,20 @@ def test_each_turn_is_read_once_under_ism():
 
 def test_chat_under_ism_never_builds_a_mask(monkeypatch):
     chosen = []
-    original = model_module.choose_attention
 
     def choose(*arguments):
         chosen.append(original(*arguments))
         return chosen[-1]
 
     chat = make_chat("ism", 256)
-    monkeypatch.setattr(model_module, "choose_attention", choose)
+    original = faster(chat.model).choose_attention
+    chat.read_one = chat.model.reader(chat.model, chat.cache)
+    monkeypatch.setattr(chat.model, "choose_attention", choose)
     for text in ("one", "two two", "three"):
         chat.send(text)
     # One choice a query, and each time attention to all. A token of an answer has no choice: it
     # sees the whole cache.
-    assert chosen == [model_module.sdpa] * 3
+    assert chosen == [sdpa] * 3
 
 
 def test_a_history_is_read_in_one_call_and_goes_on_the_same():

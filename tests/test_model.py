@@ -30,12 +30,13 @@ from model import (
     Int8Linear,
     PackedLinear,
     Replay,
+    Steps,
     attend_by_blocks,
     block_mask,
     by_columns,
-    choose_attention,
+    faster,
     fastest,
-    one_by_one,
+    fastest_attention,
     pack,
     sdpa,
 )
@@ -239,7 +240,7 @@ def test_the_cheapest_attention_is_chosen():
     """
 
     def chosen(f, S):
-        attend = choose_attention(f, S, torch.device("cpu"))
+        attend = fastest_attention(f, S, torch.device("cpu"))
         return attend if attend is sdpa else attend.keywords
 
     assert chosen(torch.full((1, 5), 12), 12) is sdpa  # a query over a cache of 7
@@ -248,7 +249,7 @@ def test_the_cheapest_attention_is_chosen():
     expected = torch.arange(12) < torch.arange(8, 13)[:, None]  # a triangle at the bottom right
     assert torch.equal(chosen(torch.arange(8, 13)[None], 12)["seen"][0, 0], expected)
     with torch.enable_grad():  # short rows in training take the plain attention
-        attend = choose_attention(torch.arange(1, 6)[None], 5, torch.device("cpu"))
+        attend = fastest_attention(torch.arange(1, 6)[None], 5, torch.device("cpu"))
         assert not isinstance(attend, functools.partial)
 
 
@@ -275,8 +276,8 @@ def test_every_attention_gives_the_same():
         seed = torch.randn_like(expected)
         wanted = torch.autograd.grad(expected, (q, k, v), seed)
         with torch.no_grad():  # so that no training is expected, and a fused kernel chosen
-            fast = choose_attention(f, S, q.device)
-        for attend in (choose_attention(f, S, q.device), fast):
+            fast = fastest_attention(f, S, q.device)
+        for attend in (fastest_attention(f, S, q.device), fast):
             y = attend(q, k, v)
             assert torch.allclose(y, expected)
             assert all(map(torch.allclose, torch.autograd.grad(y, (q, k, v), seed), wanted))
@@ -428,7 +429,7 @@ def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
         f = ism(segments)
         cut = rng.randint(1, tokens.shape[1])
         cache = Cache(packed.config)
-        read_one = one_by_one(packed, cache)
+        read_one = faster(packed).reader(packed, cache)
         parts = [packed(tokens[:, :cut], None, cache)[0]]
         parts += [read_one(int(token))[None] for token in tokens[0, cut:]]
         whole, causal_whole = model(tokens, f), model(tokens)[0]
@@ -461,7 +462,7 @@ def test_steps_written_out_are_the_model(variant):
         cache, expected = Cache(model.config), Cache(model.config)
         for each in (cache, expected):
             model(tokens[:, :cut], None, each)
-        read_one = one_by_one(model, cache)
+        read_one = faster(model).reader(model, cache)
         for token in tokens[0, cut:].tolist():
             got, want = read_one(token), model(torch.tensor([[token]]), None, expected)[0, 0]
             assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
@@ -489,9 +490,9 @@ def test_a_changed_layer_is_not_written_out(variant, change):
     """A reader's change is in the chat too: what knows the layers by heart stands back."""
     for seed in range(3):
         model = make(variant, 64, seed)
-        assert one_by_one(model, Cache(model.config)) is not None
+        assert faster(model).reader is Steps
         CHANGES[change](model.blocks[seed % len(model.blocks)])
-        assert one_by_one(model, Cache(model.config)) is None
+        assert faster(model).reader is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -506,7 +507,7 @@ def test_weights_laid_out_by_columns_are_the_same_numbers(variant):
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, weights[name])
         assert torch.allclose(model(tokens, ism(segments)), expected, atol=1e-4)
-        assert one_by_one(model, Cache(model.config)) is not None
+        assert faster(model).reader is Steps
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -517,9 +518,9 @@ def test_packed_layers_are_written_out_unless_one_was_changed(kind):
         torch.manual_seed(seed)
         config = GPTConfig(block_size=32, n_hidden=256)
         packed = pack(GPT(config).eval(), kind)
-        assert one_by_one(packed, Cache(config)) is not None
+        assert faster(packed).reader is Steps
         CHANGES[list(CHANGES)[seed % len(CHANGES)]](packed.blocks[seed % config.n_layer])
-        assert one_by_one(packed, Cache(config)) is None
+        assert faster(packed).reader is None
 
 
 @torch.inference_mode()
@@ -628,7 +629,7 @@ def test_cuda_attention_is_fused_and_right(dtype, tolerance, name, Hkv, T):
     torch.manual_seed(0)
     H, D = 8, 64
     f = MASKS[name]((torch.arange(T) // 23 + 1)[None].expand(2, T))
-    attend = choose_attention(f, T, torch.device("cuda"))
+    attend = fastest_attention(f, T, torch.device("cuda"))
     assert (attend.func is attend_by_blocks) == (name != "causal" and T >= FLEX_FROM)
     there = dict(device="cuda", dtype=dtype, requires_grad=True)
     q, k, v = (torch.randn(2, h, T, D, **there) for h in (H, Hkv, Hkv))
@@ -653,7 +654,7 @@ def test_cuda_long_rows_need_no_square_of_their_length():
     q, k, v = (torch.randn(1, 4, T, 64, **there) for _ in range(3))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = choose_attention(f, T, q.device)(q, k, v)
+    out = fastest_attention(f, T, q.device)(q, k, v)
     out.backward(torch.randn_like(out))
     assert torch.cuda.max_memory_allocated() - before < 16 * q.nbytes < T * T
 

@@ -12,7 +12,6 @@ import torch
 from conftest import ROOT
 from test_chat import run
 
-import model as model_module
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.dialogues import generate
 from data.tokenizer import PATTERN, Tokenizer
@@ -99,7 +98,7 @@ def test_attention_weights_are_those_of_the_model(monkeypatch, config, mask):
     model, calls = tiny(**config), []
     tokens, segments = as_rows(page.ANNA)
     f = MASKS[mask](segments)
-    choose = model_module.choose_attention
+    choose = model.choose_attention
 
     def recording(*arguments):
         attend = choose(*arguments)
@@ -110,7 +109,7 @@ def test_attention_weights_are_those_of_the_model(monkeypatch, config, mask):
 
         return record
 
-    monkeypatch.setattr(model_module, "choose_attention", recording)
+    monkeypatch.setattr(model, "choose_attention", recording)
     logits = model(tokens, f)
     monkeypatch.undo()
     weights, probabilities = page.look(model, tokens, f)
