@@ -829,7 +829,7 @@ class Replay:
     @torch.inference_mode()
     def __call__(self, token):
         """A token goes behind the cache and sees all of it -> logits (V,), until the next call."""
-        place, size = self.cache.length, self.model.config.block_size
+        place, size = self.cache.length, self.cache.k.shape[3]
         if place >= size:
             raise ValueError(f"{place + 1} tokens do not fit into the context of {size}")
         self.token.fill_(token)  # a fill and no copy from the host, which would make it wait
