@@ -391,7 +391,8 @@ def long_run(error, mean, noise):
     """
     if noise > 0:
         floor = noise**2 * D / (D - 2) / (1 + mean**2)
-        return {"measure": "error that stays", "measured": float(error[-100:].mean()), "predicted": floor}
+        measured = float(error[-100:].mean())
+        return {"measure": "error that stays", "measured": measured, "predicted": floor}
     # From an error of 1/10 to one of 1/100.
     taken = int((error < 1e-2).argmax() - (error < 1e-1).argmax())
     share = 2 / (D * (2 + mean**2))
