@@ -41,6 +41,7 @@ class Settings:
     """Each field is a flag of the command line."""
 
     ckpt: str = setting("", "a checkpoint of train.py, out/ckpt.pt say, to see what its model does")
+    mask: str = setting("", "a mask to show beside causal, prefix and ism", ("", *MASKS))
     race: str = setting("", "figures that demos/race.py --json wrote, to see the race")
     out: str = setting("out/page.html", "where the page goes")
 
@@ -111,15 +112,18 @@ def turn_ends(segments):
 
 
 @torch.inference_mode()
-def describe(name, messages, tokenizer, model=None):
-    """A dialogue as the page takes it: tokens, segments, and for each turn and mask what it is."""
+def describe(name, messages, tokenizer, model=None, masks=MASKS):
+    """A dialogue as the page takes it: tokens, segments, and for each turn and mask what it is.
+
+    masks: name -> mask.
+    """
     tokens, segments = tokenizer.encode_dialogue(messages)
-    before = {mask: torch.zeros(1, 0, dtype=torch.long) for mask in MASKS}
+    before = {mask: torch.zeros(1, 0, dtype=torch.long) for mask in masks}
     turns = []
     # A large model takes minutes.
     for end in machine.Bar(turn_ends(segments), name, leave=False, disable=model is None):
         # f of the dialogue as it stands at this turn's end, and what of the cache holds under it.
-        fs = {name: mask(torch.tensor([segments[:end]])) for name, mask in MASKS.items()}
+        fs = {name: mask(torch.tensor([segments[:end]])) for name, mask in masks.items()}
         turn = {
             "f": {mask: f[0].tolist() for mask, f in fs.items()},
             "kept": {mask: reusable(before[mask], f) for mask, f in fs.items()},
@@ -150,16 +154,14 @@ def read_race(path):
         raise ValueError(f"{path} is not what demos/race.py --json writes") from None
 
 
-def page(dialogues, tokenizer, model=None, trained="", race=None):
+def page(dialogues, tokenizer, model=None, trained="", race=None, masks=MASKS):
     """The page as text. dialogues: name -> messages that end with an answer.
 
     trained: the name of the mask under which the model was trained. race: see read_race.
     """
     data = {
-        "dialogues": [
-            describe(name, messages, tokenizer, model) for name, messages in dialogues.items()
-        ],
-        "masks": list(MASKS),
+        "dialogues": [describe(*one, tokenizer, model, masks) for one in dialogues.items()],
+        "masks": list(masks),
         "model": None,
         "race": race,
     }
@@ -177,14 +179,17 @@ def main():
         race = read_race(s.race) if s.race else None
         out = Path(s.out)
         out.parent.mkdir(parents=True, exist_ok=True)
+        names = ["causal", "prefix", "ism", s.mask]
         if s.ckpt:
             chat = load_chat(s.ckpt, "cpu", "float32")
             trained = next(name for name, mask in MASKS.items() if mask is chat.mask)
+            masks = {name: mask for name, mask in MASKS.items() if name in [*names, trained]}
             dialogues = examples(chat.tokenizer, chat.size)
-            text = page(dialogues, chat.tokenizer, chat.model, trained, race)
+            text = page(dialogues, chat.tokenizer, chat.model, trained, race, masks)
         else:
             tokenizer = Tokenizer()
-            text = page(examples(tokenizer), tokenizer, race=race)
+            masks = {name: mask for name, mask in MASKS.items() if name in names}
+            text = page(examples(tokenizer), tokenizer, race=race, masks=masks)
         out.write_text(text, encoding="utf-8")
     more = "" if s.ckpt else " (--ckpt out/ckpt.pt adds a model)"
     print(f"{out}: {len(text) // 1000:,} kB; open it in a browser{more}")

@@ -81,7 +81,12 @@ def dialogues():
         {"role": "assistant", "content": "<!--"},
     ]
     made = enumerate(generate("val", 30, seed=5))
-    return {"odd": odd, **{str(i): dialogue["messages"] for i, dialogue in made}}
+    dove = [
+        {"role": "user", "content": "First list: dove, cat. Second list: cat. What is missing?"},
+        {"role": "assistant", "content": "The second list has no dove."},
+    ]
+    lists = {"lists": [*odd[1:3], *dove, *dove]}
+    return {"odd": odd, **lists, **{str(i): dialogue["messages"] for i, dialogue in made}}
 
 
 CONFIGS = [
@@ -285,9 +290,10 @@ const checkTyped = () => {
   });
   press("4");
   pointedAt(ism, tokens.length - 1, "a mask that the page cannot compute is not chosen");
-  for (const [text, n] of [["", 0], ["one line", 5]]) {
+  const lengths = [["", 0, false], ["one line", 5, false], ["7".repeat(500), 400, true]];
+  for (const [text, n, cut] of lengths) {
     change("typed", text, "input");
-    same(chips().length, n, "typed " + text);
+    same([chips().length, byId("cut").textContent !== ""], [n, cut], "typed " + text);
   }
 };
 
@@ -341,6 +347,7 @@ const checkRace = () => {
 addEventListener("load", () => {
   const own = byId("checked").textContent.startsWith("Checked when it opened: ");
   same(own, true, "the page's own check");
+  if (EXPECTED.opens) same([texts(".self"), byId("turn").textContent], EXPECTED.opens, "opens");
   checkDialogues();
   EXPECTED.reusable.forEach(({ before, after, kept }) =>
     same(reusable(before, after), kept, `reusable(${before}, ${after})`));
@@ -461,7 +468,7 @@ def random_race():
     return {"race": {"task": "links", "every": 20, "steps": 100}, "records": records}
 
 
-def write_checked(path, dialogues, model=None, race=None):
+def write_checked(path, dialogues, model=None, race=None, opens=None):
     """Write a page with the check in it."""
     expected = {
         "dialogues": [expected_turns(messages) for messages in dialogues.values()],
@@ -469,6 +476,7 @@ def write_checked(path, dialogues, model=None, race=None):
         "typed": expected_of_typed(),
         "model": expected_of_model(model) if model else None,
         "race": race,
+        "opens": opens,
     }
     values = json.dumps(expected).replace("<", "\\u003c")
     place = '<script id="data"'
@@ -501,7 +509,8 @@ def test_in_a_browser(tmp_path, dialogues, monkeypatch, scheme):
     And the race's part. At a phone's width and a desk's.
     """
     monkeypatch.setitem(MASKS, "near", near)
-    write_checked(tmp_path / "masks.html", dialogues)  # with a mask of a user's own
+    opens = [[" dove"], "turn 3 of 3"]
+    write_checked(tmp_path / "masks.html", dialogues, opens=opens)  # with a mask of a user's own
     monkeypatch.undo()
     write_checked(tmp_path / "model.html", {"Anna": page.ANNA}, tiny())
     figures = tmp_path / "race.json"
