@@ -1,17 +1,19 @@
 """
 See it win: the same small GPT learns a game under causal and under ISM, side by side.
 
-    python demos/race.py                            about 1 minute on 2 cores
+    python demos/race.py                            about 2 minutes on 2 cores
     python demos/race.py --seeds 3                  three races, one after the other
     python demos/race.py --masks causal,ism,yours   other masks, your own in mask.py among them
+    python demos/race.py --place next               the first question stands in a turn of its own
     python demos/race.py --task missing             another game
     python demos/race.py --json out/race.json       for the page: demos/page.py --race
 
 Both models start from the same weights and see the same games, as many of them. The games are of
 symbols, since a sentence tells less a token. Two of them:
 
-    links     A>B F>G B>C ... in any order, three chains of four. Then 18 questions: what is n
-              steps after A? One step asks for a link that was read. Two ask for a link of a link.
+    links     A>B F>G B>C ... in any order, three chains of four. Then 9 questions: what is n
+              steps after A? One step asks for a link that was read. Two ask for a link of a link,
+              three for one more.
     missing   two lists: which item of the first is not in the second?
 
 In both an early symbol can only be understood by a later one. Under causal it is read before that
@@ -23,6 +25,7 @@ import os
 import queue
 import random
 import sys
+import textwrap
 import time
 import traceback
 from dataclasses import dataclass
@@ -48,32 +51,55 @@ from train import Settings, check_mask, evaluate, model_config, train
 
 N_ITEMS = 40  # tokens 0 to 39 are symbols to play with
 FIRST, SECOND, LINK, ASK = 40, 41, 42, 43  # a list begins, the other one, a link, a question
-VOCABULARY = 47  # 44 to 46 ask for 1 to 3 steps
+READ = 47  # 44 to 46 ask for 1 to 3 steps; 47 is an answer to what is no question
+VOCABULARY = 48
 SPELLED = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmn"]  # the symbols on the screen
-SPELLED += ["list:", "and:", "", "what is missing", "1 after", "2 after", "3 after"]
+SPELLED += ["list:", "and:", "", "what is missing", "1 after", "2 after", "3 after", "read"]
+TWO = "2 steps"
+TWO_FIRST, TWO_LAST = f"{TWO}, A>B before B>C", f"{TWO}, A>B behind B>C"
+QUESTIONS = {1: 2, 2: 4, 3: 3}  # steps, and how many questions ask for so many
+PLACES = "end", "start", "next"
 
 
-def links(rng):
-    """Turns (query, answer): three chains of four as shuffled links, what is n steps after x?"""
+def turns(given, question, answer, kinds, place):
+    """Turns (query, answer, kinds): a question at the end of what is given, at its start, or in the
+    next turn. kinds: the names of the kinds of question that it is of.
+    """
+    if place == "next":
+        yield given, READ, ()
+        yield question, answer, kinds
+    elif place == "start":
+        yield question + given, answer, kinds
+    else:
+        yield given + question, answer, kinds
+
+
+def links(rng, place="end"):
+    """Three chains of four as shuffled links: what is n steps after x? `place` of the first one."""
     chains = np.array(rng.sample(range(N_ITEMS), 12)).reshape(3, 4).tolist()
     told = [[LINK, x, y] for chain in chains for x, y in zip(chain, chain[1:])]
     rng.shuffle(told)
-    query = sum(told, [])
-    # Each question once: what was answered before is of no use.
-    asked = [(ASK + n, chain[i], chain[i + n])
-             for chain in chains for n in (1, 2, 3) for i in range(4 - n)]
+    stands = {x: i for i, (_, x, _) in enumerate(told)}  # where the link x>y stands
+    asked = []
+    for n, how_many in QUESTIONS.items():
+        # Each question once: what was answered before is of no use.
+        starts = [(chain, i) for chain in chains for i in range(4 - n)]
+        for chain, i in rng.sample(starts, how_many):
+            kinds = ["1 step"] if n == 1 else [f"{n} steps"]
+            if n == 2:
+                kinds.append(TWO_FIRST if stands[chain[i]] < stands[chain[i + 1]] else TWO_LAST)
+            asked.append(([ASK + n, chain[i]], chain[i + n], kinds))
     rng.shuffle(asked)
-    for ask, start, end in asked:
-        yield [*query, ask, start], end
-        query = []
+    yield from turns(sum(told, []), *asked[0], place)
+    yield from asked[1:]
 
 
-def missing(rng):
-    """Turns (query, answer): four times two lists, the second without one item of the first."""
+def missing(rng, place="end"):
+    """Four times two lists, the second without one item of the first: which one?"""
     for _ in range(4):
         gone, *rest = rng.sample(range(N_ITEMS), rng.randint(3, 9))
         items = rng.sample([gone, *rest], len(rest) + 1)
-        yield [FIRST, *items, SECOND, *rest, ASK], gone
+        yield from turns([FIRST, *items, SECOND, *rest], [ASK], gone, ["all"], place)
 
 
 TASKS = {"links": links, "missing": missing}
@@ -83,26 +109,23 @@ class Games(Split):
     """n games as a split that `train` takes. Each answer is one token, and has no <|end|>.
 
     twice: each query is given twice, so that a causal model knows all of it the second time.
+    groups: which answers are of which kind, {"1 step": booleans (answers,), ...}.
     """
 
-    def __init__(self, task, n, seed, twice=False):
+    def __init__(self, task, n, seed, twice=False, place="end"):
         rng = random.Random(f"{task} {seed}")
-        tokens, segments, offsets = [], [], [0]
+        tokens, segments, offsets, told = [], [], [0], []
         for _ in range(n):
-            for turn, (query, answer) in enumerate(TASKS[task](rng)):
+            for turn, (query, answer, kinds) in enumerate(TASKS[task](rng, place)):
                 given = query + query if twice else query
                 tokens += [*given, answer]
                 segments += [2 * turn + 1] * len(given) + [2 * turn + 2]
+                told.append(kinds)
             offsets.append(len(tokens))
         self.tokens, self.segments, self.offsets = map(np.array, (tokens, segments, offsets))
         self.families, self.family_names = np.zeros(n, dtype=np.int64), [task]
-
-    def groups(self):
-        """Which answers are of which kind: {"1 step": booleans (answers,), ...}."""
-        asked = self.tokens[np.flatnonzero(self.segments % 2 == 0) - 2]
-        kinds = {"1 step": ASK + 1, "2 steps": ASK + 2, "3 steps": ASK + 3}
-        found = {name: asked == token for name, token in kinds.items() if (asked == token).any()}
-        return found or {"all": asked >= 0}
+        names = sorted({name for kinds in told for name in kinds})
+        self.groups = {name: np.array([name in kinds for kinds in told]) for name in names}
 
 
 # --- one runner ---------------------------------------------------------------------------------
@@ -115,9 +138,11 @@ class Race:
     masks: str = setting("causal,ism", "who runs: names of masks, with commas between")
     twice: bool = setting(False, "one more runs: causal with each query given twice")
     task: str = setting("links", "the game", tuple(TASKS))
+    place: str = setting("end", "where the first question stands: at the query's end, at its "
+                         "start, in the next turn", PLACES)
     layers: int = setting(2, "blocks of each model")
-    steps: int = setting(400, "training steps")
-    every: int = setting(25, "steps between two looks at held-out games")
+    steps: int = setting(3000, "training steps")
+    every: int = setting(100, "steps between two looks at held-out games")
     seed: int = setting(0, "of the games and of the weights")
     seeds: int = setting(1, "races, one after the other, with the seeds that follow")
     json: str = setting("", "write the figures to this file")
@@ -130,7 +155,7 @@ class Race:
         self.every = min(self.every, self.steps)
         check_masks(self.masks)
         for name in self.masks.split(","):
-            check_mask(name, Games(self.task, 2, "of a trial"))
+            check_mask(name, Games(self.task, 2, "of a trial", place=self.place))
 
     def runners(self):
         """Name -> (mask, whether the queries are given twice)."""
@@ -144,25 +169,24 @@ def run_one(race, name, seed, tell):
     """Train one runner -> its record. tell(step, {kind: share right}) is called after each step."""
     mask, twice = race.runners()[name]
     s = Settings(
-        mask=mask, seed=seed, n_layer=race.layers, max_iters=race.steps, decay=0.0,
-        eval_interval=race.steps, device="cpu", dtype="float32",
+        mask=mask, seed=seed, n_layer=race.layers, max_iters=race.steps, decay=0.5, batch_size=4,
+        learning_rate=0.012, eval_interval=race.steps, device="cpu", dtype="float32",
     )
-    games = Games(race.task, 25 * race.steps, f"train {seed}", twice)
-    held_out = Games(race.task, 250, f"held out {seed}", twice)
-    groups = held_out.groups()
-    curves = {kind: [] for kind in groups}
+    games = Games(race.task, 20 * race.steps, f"train {seed}", twice, race.place)
+    held_out = Games(race.task, 250, f"held out {seed}", twice, race.place)
+    curves = {kind: [] for kind in held_out.groups}
 
     def watch(run, _):
         if run.step % race.every == 0:
             _, answers = evaluate(run, held_out)
-            for kind, at in groups.items():
+            for kind, at in held_out.groups.items():
                 curves[kind].append(float(answers[at, 2].mean()))
         tell(run.step, {kind: curve[-1] for kind, curve in curves.items() if curve})
 
     torch.manual_seed(seed)
     model = GPT(model_config(s, VOCABULARY))
-    # Queries start softer than in dialogues: with sharp ones ISM comes to two steps by step 400 in
-    # two of five races, with these in nine of ten.
+    # Queries start softer than in dialogues: with sharp ones ISM came to two steps by step 400 of
+    # an older race in two of five races, with these in nine of ten.
     for block in model.blocks:
         torch.nn.init.ones_(block.attention.q_norm.weight)
     start = time.perf_counter()
@@ -209,7 +233,7 @@ def goal(query, j):
     """Where token j of a query has to look: y of a link x>y at the z of y>z, else None."""
     if j < 2 or query[j - 2] != LINK:
         return None
-    for i in range(0, len(query) - 2, 3):
+    for i in range(len(query) - 2):
         if query[i : i + 2] == [LINK, query[j]]:
             return i + 2
     return None
@@ -233,6 +257,10 @@ def runner(messages, race, name, seed, threads):
     messages.put(("done", name, record))
 
 
+# Of 80 columns at most.
+BAR = "{desc} {percentage:3.0f}%|{bar:8}|{n}/{total} {remaining}{postfix}"
+
+
 def hold(race, seed):
     """One race, told while it goes on -> the records of its runners."""
     names = list(race.runners())
@@ -245,7 +273,7 @@ def hold(race, seed):
     ]
     width = max(map(len, names))
     bars = {
-        name: tqdm(total=race.steps, desc=f"{name:{width}}", position=i, unit="step")
+        name: tqdm(total=race.steps, desc=f"{name:{width}}", position=i, bar_format=BAR)
         for i, name in enumerate(names)
     }
     records = {}
@@ -261,8 +289,8 @@ def hold(race, seed):
                 continue
             step, shares = rest
             bars[name].update(step - bars[name].n)
-            right = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-            bars[name].set_postfix_str(f"right: {right}" if right else "")
+            right = [f"{kind} {share:.0%}" for kind, share in shares.items() if kind in HARD]
+            bars[name].set_postfix_str(", ".join(right))
     finally:
         for process in started:
             if process.is_alive():
@@ -285,70 +313,113 @@ def next_message(messages, processes):
 
 # --- what was seen ------------------------------------------------------------------------------
 
+HARD = TWO, "3 steps", "all"  # the kinds of question by which a race is won
+
 WHY = {
-    "links": """\
-Under ISM a link A>B sees all others while it is read, so it finds B>C wherever that stands, in one
-and the same way. Under causal it sees those before it alone: of two links only the later one can
-find the other, sometimes its successor, sometimes its predecessor, and the rest has to be found
-when the question comes. The same two layers have more to learn, and learn it later.""",
-    "missing": """\
-Under causal the first list is read before the second is known, so each of its items has to be
-looked for when the question comes. Under ISM an item sees at once whether the second has it.""",
+    "links": """
+        Under ISM a link A>B sees all others while it is read, so it finds B>C wherever that stands,
+        and stands for two steps itself. Under causal it sees those before it alone: of two links
+        only the later one can find the other. If that is B>C, the rest has to be found when the
+        question comes. For three steps a question takes one step in the first layer and two in the
+        second, by a link that stands for two.""",
+    "missing": """
+        Under causal the first list is read before the second is known, so each of its items has to
+        be looked for when the question comes. Under ISM an item sees at once whether the second
+        has it.""",
 }
 
 
-NOT_WON = """\
-Not won: one step is read off one link, under any mask. Three steps are hard for both; who guesses
-among the three ends of the chains is right in a third of the cases. With more steps of training
-causal comes to two steps too: try --steps 1000."""
+def say(text):
+    """Print a paragraph in lines of at most 79 columns, cut between words."""
+    print("\n" + textwrap.fill(" ".join(text.split()), 79))
 
 
 def report(race, records):
-    """The table, one game in full, and why."""
+    """The table, one game in full, who won what, and why."""
     rows = []
     for record in records:
-        ends = {f"{kind}, %": f"{100 * curve[-1]:.1f}" for kind, curve in record["curves"].items()}
+        ends = {kind: f"{curve[-1]:.1%}" for kind, curve in record["curves"].items()
+                if kind not in (TWO_FIRST, TWO_LAST)}
         rows.append({"runner": record["runner"], "seed": record["seed"], **ends,
                      "seconds": f"{record['seconds']:.0f}"})
-    table(f"Held-out answers that are right after {race.steps} steps", rows)
+    table(f"Held-out answers that are right after {race.steps} steps of training", rows)
     show_game(race, [record for record in records if record["seed"] == race.seed])
-    if race.steps < 400 and race.task == "links":
-        print("\nISM comes to two steps within 250 to 400 steps of training. "
-              f"Here were {race.steps}.")
-    print(f"\nWhy. {WHY[race.task]}")
-    if race.task == "links":
-        print(NOT_WON)
+    for kind in records[0]["curves"]:
+        if kind in HARD:
+            say(verdict(race, records, kind))
+    say(f"Why. {WHY[race.task]}")
+
+
+def verdict(race, records, kind):
+    """Who won one kind of question, as a sentence: at the end, or by being right earlier."""
+    ends, steps, told = {}, {}, []
+    for name in race.runners():
+        curves = np.array([r["curves"][kind] for r in records if r["runner"] == name])
+        ends[name] = curves[:, -1].mean()
+        there = curves.mean(0) >= 0.95  # the mean over the seeds
+        steps[name] = race.every * (1 + there.argmax()) if there.any() else np.inf
+        when = f"first at 95% after {steps[name]} steps" if there.any() else "never at 95%"
+        told.append(f"{name} ends at {ends[name]:.1%}, {when}")
+    best, first = max(ends, key=ends.get), min(steps, key=steps.get)
+    if all(ends[best] > ends[name] + 0.05 for name in ends if name != best):
+        won = f"{best} wins"
+    elif all(steps[name] > 1.25 * steps[first] for name in steps if name != first):
+        won = f"{first} is there first, and the others follow"
+    else:
+        won = "nobody wins"
+    return f"{kind}: {won}. {'; '.join(told)}."
 
 
 def show_game(race, records):
     """The first held-out game, its first questions, and what each runner answered."""
-    game = random.Random(f"{race.task} held out {race.seed}")
-    for turn, (query, right) in enumerate(itertools.islice(TASKS[race.task](game), 8)):
-        n = 2 if race.task == "links" else len(query)
-        if n < len(query):
-            told = query[:-n]
-            shown = [f"{SPELLED[x]}>{SPELLED[y]}" for x, y in zip(told[1::3], told[2::3])]
-            print(f"\nOne game, held out. Links: {' '.join(shown)}")
-        asked = " ".join(SPELLED[token] for token in query[-n:])
-        said = ", ".join(f"{r['runner']} {r['guesses'][turn]}" for r in records)
-        print(f"   {asked}? {SPELLED[right]}   ({said})")
+    game = TASKS[race.task](random.Random(f"{race.task} held out {race.seed}"), race.place)
+    for turn, (query, right, kinds) in enumerate(itertools.islice(game, 8)):
+        told = [f"{SPELLED[x]}>{SPELLED[y]}"
+                for link, x, y in zip(query, query[1:], query[2:]) if link == LINK]
+        if told:
+            print(f"\nOne game, held out: {' '.join(told)}")
+        if kinds:
+            # A question of links is two tokens, wherever it stands.
+            at = [i for i, token in enumerate(query) if token > ASK]
+            asked = query[at[0] : at[0] + 2] if at else query
+            said = ", ".join(f"{r['runner']} {r['guesses'][turn]}" for r in records)
+            print(f"   {' '.join(SPELLED[x] for x in asked)}? {SPELLED[right]}   ({said})")
+
+
+LINES = {"causal": "--", "prefix": ":"}  # what tells the masks apart without colors
 
 
 def draw(race, records):
-    """Curves of all runners and seeds, a panel for each kind of question."""
-    kinds = list(records[0]["curves"])
-    figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 4 * len(kinds), 3.6), squeeze=False,
-                                sharey=True, layout="constrained")
-    for axis, kind in zip(axes[0], kinds):
-        for record in records:
-            curve = record["curves"][kind]
-            steps = race.every * np.arange(1, len(curve) + 1)
-            label = record["runner"] if record["seed"] == race.seed else None
-            axis.plot(steps, np.array(curve) * 100, color=color(record["runner"]), label=label)
-        axis.set(title=kind, xlabel="training steps", ylim=(0, 103))
+    """The shares of right answers of all runners and seeds, a panel for each kind of question.
+
+    Two steps have one panel more: the means over the seeds by which of the two links stands first.
+    """
+    curves = {(record["runner"], record["seed"]): record["curves"] for record in records}
+    runners = list(dict.fromkeys(name for name, _ in curves))
+    kinds = [kind for kind in records[0]["curves"] if kind not in (TWO_FIRST, TWO_LAST)]
+    panels = [*kinds, "2 steps, A>B and B>C: which stands first?"] if TWO in kinds else kinds
+    steps = race.every * np.arange(1, len(records[0]["curves"][kinds[0]]) + 1)
+    columns = 2 if len(panels) > 1 else 1
+    figure, axes = plt.subplots(len(panels) // columns, columns, squeeze=False, sharey=True,
+                                figsize=(4.6 * columns, 1.6 * len(panels)), layout="constrained")
+    for axis, panel in zip(axes.flat, panels):
+        for name in runners:
+            of_one = [shown for (runner, _), shown in curves.items() if runner == name]
+            style = {"color": color(name)}
+            if panel in kinds:
+                for i, shown in enumerate(of_one):
+                    axis.plot(steps, 100 * np.array(shown[panel]), LINES.get(name, "-"), **style,
+                              label=None if i else name)
+                continue
+            for kind, line in ((TWO_FIRST, "-"), (TWO_LAST, ":")):
+                mean = np.mean([shown[kind] for shown in of_one], 0)
+                label = f"{name}, {'A>B' if kind == TWO_FIRST else 'B>C'} first"
+                axis.plot(steps, 100 * mean, line, **style, label=label)
+        axis.set(title=panel, ylim=(0, 103))
         axis.grid(alpha=0.2)
-    axes[0, 0].set_ylabel("% of held-out answers right")
-    axes[0, -1].legend(fontsize=9)
+    axes[-1, 0].set(xlabel="training steps", ylabel="% of held-out answers right")
+    axes[0, 0].legend(fontsize=9)
+    axes[-1, -1].legend(fontsize=9)
     figure.savefig(race.out, dpi=130, format="png")
 
 
