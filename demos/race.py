@@ -41,7 +41,7 @@ from data import machine
 from data.checkpoint import write_json
 from data.loader import Split
 from data.machine import setting
-from demos.output import check_masks, check_writable, color, picture, plt, table
+from demos.output import check_masks, check_writable, color, dashes, picture, plt, save, table
 from demos.page import look
 from mask import MASKS
 from model import GPT
@@ -386,9 +386,6 @@ def show_game(race, records):
             print(f"   {' '.join(SPELLED[x] for x in asked)}? {SPELLED[right]}   ({said})")
 
 
-LINES = {"causal": "--", "prefix": ":"}  # what tells the masks apart without colors
-
-
 def draw(race, records):
     """The shares of right answers of all runners and seeds, a panel for each kind of question.
 
@@ -408,7 +405,7 @@ def draw(race, records):
             style = {"color": color(name)}
             if panel in kinds:
                 for i, shown in enumerate(of_one):
-                    axis.plot(steps, 100 * np.array(shown[panel]), LINES.get(name, "-"), **style,
+                    axis.plot(steps, 100 * np.array(shown[panel]), dashes(name), **style,
                               label=None if i else name)
                 continue
             for kind, line in ((TWO_FIRST, "-"), (TWO_LAST, ":")):
@@ -420,7 +417,7 @@ def draw(race, records):
     axes[-1, 0].set(xlabel="training steps", ylabel="% of held-out answers right")
     axes[0, 0].legend(fontsize=9)
     axes[-1, -1].legend(fontsize=9)
-    figure.savefig(race.out, dpi=130, format="png")
+    save(figure, race.out, 130)
 
 
 def main():
