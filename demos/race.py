@@ -56,7 +56,7 @@ VOCABULARY = 48
 SPELLED = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmn"]  # the symbols on the screen
 SPELLED += ["list:", "and:", "", "what is missing", "1 after", "2 after", "3 after", "read"]
 TWO = "2 steps"
-TWO_FIRST, TWO_LAST = f"{TWO}, A>B before B>C", f"{TWO}, A>B behind B>C"
+SPLIT = f"{TWO}, A>B before B>C", f"{TWO}, A>B behind B>C"
 QUESTIONS = {1: 2, 2: 4, 3: 3}  # steps, and how many questions ask for so many
 PLACES = "end", "start", "next"
 
@@ -85,9 +85,9 @@ def links(rng, place="end"):
         # Each question once: what was answered before is of no use.
         starts = [(chain, i) for chain in chains for i in range(4 - n)]
         for chain, i in rng.sample(starts, how_many):
-            kinds = ["1 step"] if n == 1 else [f"{n} steps"]
+            kinds = ["1 step" if n == 1 else f"{n} steps"]
             if n == 2:
-                kinds.append(TWO_FIRST if stands[chain[i]] < stands[chain[i + 1]] else TWO_LAST)
+                kinds.append(SPLIT[stands[chain[i]] > stands[chain[i + 1]]])
             asked.append(([ASK + n, chain[i]], chain[i + n], kinds))
     rng.shuffle(asked)
     yield from turns(sum(told, []), *asked[0], place)
@@ -212,7 +212,8 @@ def reading(model, games, mask):
     """How a model reads the first game's first query, of n tokens, as demos/page.py draws it.
 
     tokens: their spelling. looks: in each layer, for each token, which other one it looks at most,
-    and the weight in the head where that is largest. goals: for each token its place in `goal`.
+    and the weight in the head where that is largest. goals: where each y of a link x>y has to look,
+    at the z of y>z; for other tokens None.
     """
     tokens, segments = games.collate(games.rows(mask)[:1])  # (1, T) each
     n = int((segments == 1).sum())
@@ -222,21 +223,13 @@ def reading(model, games, mask):
     weights.diagonal(dim1=1, dim2=2).zero_()  # a token that looks at itself finds nothing
     most, places = weights.max(-1)  # (L, n) each
     query = tokens[0].tolist()
+    ends = {x: i + 2 for i, (link, x) in enumerate(zip(query, query[1:])) if link == LINK}
     return {
         "tokens": [SPELLED[token] for token in query],
         "looks": [[*zip(*layer)] for layer in zip(places.tolist(), most.tolist())],
-        "goals": [goal(query, j) for j in range(n)],
+        "goals": [ends.get(token) if before == LINK else None
+                  for before, token in zip([None, None, *query], query)],
     }
-
-
-def goal(query, j):
-    """Where token j of a query has to look: y of a link x>y at the z of y>z, else None."""
-    if j < 2 or query[j - 2] != LINK:
-        return None
-    for i in range(len(query) - 2):
-        if query[i : i + 2] == [LINK, query[j]]:
-            return i + 2
-    return None
 
 
 # --- a race: a process for each runner ----------------------------------------------------------
@@ -338,8 +331,8 @@ def report(race, records):
     """The table, one game in full, who won what, and why."""
     rows = []
     for record in records:
-        ends = {kind: f"{curve[-1]:.1%}" for kind, curve in record["curves"].items()
-                if kind not in (TWO_FIRST, TWO_LAST)}
+        curves = record["curves"].items()
+        ends = {kind: f"{curve[-1]:.1%}" for kind, curve in curves if kind not in SPLIT}
         rows.append({"runner": record["runner"], "seed": record["seed"], **ends,
                      "seconds": f"{record['seconds']:.0f}"})
     table(f"Held-out answers that are right after {race.steps} steps of training", rows)
@@ -391,32 +384,28 @@ def draw(race, records):
 
     Two steps have one panel more: the means over the seeds by which of the two links stands first.
     """
-    curves = {(record["runner"], record["seed"]): record["curves"] for record in records}
-    runners = list(dict.fromkeys(name for name, _ in curves))
-    kinds = [kind for kind in records[0]["curves"] if kind not in (TWO_FIRST, TWO_LAST)]
-    panels = [*kinds, "2 steps, A>B and B>C: which stands first?"] if TWO in kinds else kinds
-    steps = race.every * np.arange(1, len(records[0]["curves"][kinds[0]]) + 1)
+    kinds = [kind for kind in records[0]["curves"] if kind not in SPLIT]
+    panels = [*kinds, "2 steps: which link stands first?"] if TWO in kinds else kinds
     columns = 2 if len(panels) > 1 else 1
     figure, axes = plt.subplots(len(panels) // columns, columns, squeeze=False, sharey=True,
                                 figsize=(4.6 * columns, 1.6 * len(panels)), layout="constrained")
-    for axis, panel in zip(axes.flat, panels):
-        for name in runners:
-            of_one = [shown for (runner, _), shown in curves.items() if runner == name]
-            style = {"color": color(name)}
-            if panel in kinds:
-                for i, shown in enumerate(of_one):
-                    axis.plot(steps, 100 * np.array(shown[panel]), dashes(name), **style,
-                              label=None if i else name)
-                continue
-            for kind, line in ((TWO_FIRST, "-"), (TWO_LAST, ":")):
-                mean = np.mean([shown[kind] for shown in of_one], 0)
-                label = f"{name}, {'A>B' if kind == TWO_FIRST else 'B>C'} first"
-                axis.plot(steps, 100 * mean, line, **style, label=label)
-        axis.set(title=panel, ylim=(0, 103))
-        axis.grid(alpha=0.2)
+    for name in race.runners():
+        curves = [record["curves"] for record in records if record["runner"] == name]
+        for axis, panel in zip(axes.flat, panels):
+            axis.set(title=panel, ylim=(0, 103))
+            axis.grid(alpha=0.2)
+            drawn = [(curve[panel], dashes(name), name) for curve in curves if panel in curve]
+            if panel not in kinds:
+                for kind, line, link in zip(SPLIT, "-:", ("A>B", "B>C")):
+                    mean = np.mean([curve[kind] for curve in curves], 0)
+                    drawn.append((mean, line, f"{name}, {link} first"))
+            for shares, line, label in drawn:
+                steps = race.every * np.arange(1, len(shares) + 1)
+                axis.plot(steps, 100 * np.array(shares), line, color=color(name), label=label)
     axes[-1, 0].set(xlabel="training steps", ylabel="% of held-out answers right")
-    axes[0, 0].legend(fontsize=9)
-    axes[-1, -1].legend(fontsize=9)
+    for axis in {axes[0, 0], axes[-1, -1]}:
+        lines = dict(zip(*axis.get_legend_handles_labels()[::-1]))  # one for the seeds of a runner
+        axis.legend(lines.values(), lines, fontsize=9)
     save(figure, race.out, 130)
 
 

@@ -47,7 +47,7 @@ def test_each_game_has_one_answer_which_its_queries_tell(place):
             assert x == answer and kinds[0] == ("1 step" if n == 1 else f"{n} steps")
             if n == 2:
                 first = stands.index(start) < stands.index(after[start])
-                assert kinds[1:] == [r.TWO_FIRST if first else r.TWO_LAST]
+                assert kinds[1:] == [r.SPLIT[0] if first else r.SPLIT[1]]
 
 
 @pytest.mark.parametrize("task", r.TASKS)
@@ -122,7 +122,7 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
     names = ["causal", "ism", "causal, given twice"]
     assert [x["runner"] for x in figures["records"]] == names
     for record in figures["records"]:
-        assert set(record["curves"]) == {"1 step", r.TWO, r.TWO_FIRST, r.TWO_LAST, "3 steps"}
+        assert set(record["curves"]) == {"1 step", r.TWO, *r.SPLIT, "3 steps"}
         assert len(record["guesses"]) == 9
         assert set(record["reading"]) == {"tokens", "looks", "goals"}
         for kind, curve in record["curves"].items():
