@@ -260,21 +260,23 @@ def hold(race, seed):
     threads = max(1, os.cpu_count() // len(names))
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
-    started = [
-        context.Process(target=runner, args=(messages, race, name, seed, threads), daemon=True)
-        for name in names
-    ]
-    width = max(map(len, names))
-    bars = {
-        name: tqdm(total=race.steps, desc=f"{name:{width}}", position=i, bar_format=BAR)
-        for i, name in enumerate(names)
-    }
+    started = [context.Process(target=runner, args=(messages, race, name, seed, threads),
+                               daemon=True) for name in names]
+    bars = {name: tqdm(total=race.steps, desc=f"{name:{max(map(len, names))}}", bar_format=BAR,
+                       position=i) for i, name in enumerate(names)}
     records = {}
     try:
         for process in started:
             process.start()
         while len(records) < len(names):
-            kind, name, *rest = next_message(messages, started)
+            try:
+                kind, name, *rest = messages.get(timeout=1)
+            except queue.Empty:
+                codes = [process.exitcode for process in started if process.exitcode]
+                if not codes:
+                    continue
+                why = f"a runner ended with code {codes[0]}; is memory short?"
+                raise ValueError(why) from None
             if kind == "failed":
                 raise ValueError(f"{name}: {rest[0]}")
             if kind == "done":
@@ -291,17 +293,6 @@ def hold(race, seed):
         for bar in bars.values():
             bar.close()
     return [records[name] for name in names]
-
-
-def next_message(messages, processes):
-    """The next message of a runner. ValueError if one has died without a word."""
-    while True:
-        try:
-            return messages.get(timeout=1)
-        except queue.Empty:
-            codes = [process.exitcode for process in processes if process.exitcode]
-            if codes:
-                raise ValueError(f"a runner ended with code {codes[0]}; is memory short?") from None
 
 
 # --- what was seen ------------------------------------------------------------------------------
