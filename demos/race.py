@@ -109,23 +109,25 @@ class Games(Split):
     """n games as a split that `train` takes. Each answer is one token, and has no <|end|>.
 
     twice: each query is given twice, so that a causal model knows all of it the second time.
-    groups: which answers are of which kind, {"1 step": booleans (answers,), ...}.
     """
 
     def __init__(self, task, n, seed, twice=False, place="end"):
         rng = random.Random(f"{task} {seed}")
-        tokens, segments, offsets, told = [], [], [0], []
+        tokens, segments, offsets, self.kinds = [], [], [0], []
         for _ in range(n):
             for turn, (query, answer, kinds) in enumerate(TASKS[task](rng, place)):
                 given = query + query if twice else query
                 tokens += [*given, answer]
                 segments += [2 * turn + 1] * len(given) + [2 * turn + 2]
-                told.append(kinds)
+                self.kinds.append(kinds)
             offsets.append(len(tokens))
         self.tokens, self.segments, self.offsets = map(np.array, (tokens, segments, offsets))
         self.families, self.family_names = np.zeros(n, dtype=np.int64), [task]
-        names = sorted({name for kinds in told for name in kinds})
-        self.groups = {name: np.array([name in kinds for kinds in told]) for name in names}
+
+    def groups(self):
+        """Which answers are of which kind: {"1 step": booleans (answers,), ...}."""
+        names = sorted({name for kinds in self.kinds for name in kinds})
+        return {name: np.array([name in kinds for kinds in self.kinds]) for name in names}
 
 
 # --- one runner ---------------------------------------------------------------------------------
@@ -174,12 +176,13 @@ def run_one(race, name, seed, tell):
     )
     games = Games(race.task, 20 * race.steps, f"train {seed}", twice, race.place)
     held_out = Games(race.task, 250, f"held out {seed}", twice, race.place)
-    curves = {kind: [] for kind in held_out.groups}
+    groups = held_out.groups()
+    curves = {kind: [] for kind in groups}
 
     def watch(run, _):
         if run.step % race.every == 0:
             _, answers = evaluate(run, held_out)
-            for kind, at in held_out.groups.items():
+            for kind, at in groups.items():
                 curves[kind].append(float(answers[at, 2].mean()))
         tell(run.step, {kind: curve[-1] for kind, curve in curves.items() if curve})
 

@@ -65,7 +65,7 @@ def test_games_are_those_of_the_task(task):
                 assert tokens[segments == 2 * turn + 2].tolist() == [answer]
                 every.append(kinds)
         assert len(every) == (games.segments % 2 == 0).sum()
-        for name, at in games.groups.items():
+        for name, at in games.groups().items():
             assert at.tolist() == [name in kinds for kinds in every]
 
 
