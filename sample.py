@@ -294,6 +294,8 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         chat.notify(f"[trained under {trained_under}: {learn}]")
     for line in told:
         chat.notify(f"[{line}]")
+    if block_size and not path.is_dir():
+        chat.notify(f"[--block_size is for folders: this checkpoint has {chat.size} tokens]")
     return chat
 
 

@@ -34,7 +34,7 @@ class Settings:
     device: str = setting("auto", DEVICES)
     dtype: str = setting("auto", "to compute in; auto: bfloat16, or float32 where the processor "
                          "has it by emulation alone, as a T4", DTYPES)
-    max_iters: int = setting(4000, "training steps")
+    max_iters: int = setting(None, "training steps (default: 4000; if no chats are held out, 400)")
     batch_size: int = setting(8, "a step holds batch_size * block_size tokens, in whole dialogues")
     grad_accum: int = setting(1, "parts that a batch is cut into to save memory")
     checkpointing: bool = setting(False, "compute blocks again in the backward pass to save memory")
@@ -67,7 +67,7 @@ class Settings:
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in from_zero else 1
-            if f.type is int and value < least:
+            if f.type is int and value is not None and value < least:
                 raise ValueError(f"--{f.name} must be at least {least}, not {value}")
             if f.type is float and not 0 <= value < float("inf"):
                 raise ValueError(f"--{f.name} must be a number from 0 on, not {value}")
@@ -169,7 +169,6 @@ def evaluate(run, split):
 # ==== below this line: how a run starts and ends, its files, rates, processes, optimizer ====
 import inspect
 import pathlib
-import shlex
 import time
 from dataclasses import asdict, field
 
@@ -179,6 +178,7 @@ from data.tokenizer import Tokenizer
 from mask import annealed, check
 from model import GPT, GPTConfig, compile_blocks, faster, recompute_blocks, upload
 
+FEW_ITERS = 400  # in which chats are learned by heart that are so few that none is held out
 FIRST_SAVE = 30  # seconds of training, after which there is a model to chat with
 
 
@@ -230,10 +230,18 @@ def begin(s, model=None, splits=None, watch=None):
     state = None
     if s.resume:
         state = checkpoint.load_state(out / "ckpt.pt", config, tokenizer.identity, s)
-        others = "; ".join(checkpoint.other_settings(state, s))
-        if others and RANK == 0:
-            print(machine.one_line(f"goes on with other settings than before: {others}"))
+    if s.data:
+        machine.tell_idle(s, ("n_dialogues", "families", "mixed"), "beside --data")
+    else:
+        machine.tell_idle(s, ["skip_bad"], "without --data")
+    if s.mask == "causal":
+        machine.tell_idle(s, ["anneal"], "under causal, where it begins")
     splits = splits or prepare(s, tokenizer)
+    if s.max_iters is None:
+        s.max_iters = FEW_ITERS if splits["test"] is splits["train"] else 4000
+    others = "; ".join(checkpoint.other_settings(state, s)) if s.resume else ""
+    if others and RANK == 0:
+        print(machine.one_line(f"goes on with other settings than before: {others}"))
     check_mask(s.mask, splits["train"], s.answers_only)
     if s.init_from and RANK == 0 and out is not None and not s.resume:
         hf.copy_small_files(s.init_from, out)  # so that out_dir can be moved to another machine
@@ -406,6 +414,9 @@ def announce(run):
         told.append(f"{WORLD} processes")
     if RANK == 0:
         print(", ".join(told))
+        if run.splits["test"] is run.splits["train"]:
+            few = f"fewer than {loader.FEW} different chats: all are trained on"
+            print(f"{few}, and the report is on the same ones")
     return machine.Bar(
         total=run.s.max_iters, initial=run.step, desc="train", unit="step", mininterval=0.5,
         disable=RANK > 0,
@@ -427,14 +438,19 @@ def tell(run, loss):
     speed = run.seen / (time.time() - run.since)
     told = f"loss {loss.item():.3f}, {speed:,.0f} tokens/s"
     if run.right is not None:
-        told += f", held-out right {run.right:.1%}"
+        told += f", {reported_on(run.splits)} right {run.right:.1%}"
     run.bar.set_postfix_str(told)
+
+
+def reported_on(splits):
+    """What the dialogues are that a run looks at and reports on."""
+    return "trained-on" if splits["test"] is splits["train"] else "held-out"
 
 
 def chat_command(s):
     """The command that chats with what a run has saved."""
-    path = shlex.quote(str(pathlib.Path(s.out_dir, "ckpt.pt")))
-    return "python sample.py" + ("" if s.out_dir == "out" else f" --ckpt {path}")
+    path = str(pathlib.Path(s.out_dir, "ckpt.pt"))
+    return machine.command("sample.py", *([] if s.out_dir == "out" else ["--ckpt", path]))
 
 
 def save(run):
@@ -497,8 +513,8 @@ def measure(run):
         answers = answers[needs_new_word(new, answers, run.tokenizer)]
         metrics["accuracy_new_words"], _ = summary(new, answers)
     return {
-        **metrics, "parameters": run.model.n_params(), "settings": asdict(run.s),
-        "seconds": time.time() - run.began,
+        **metrics, "of": reported_on(run.splits), "parameters": run.model.n_params(),
+        "settings": asdict(run.s), "seconds": time.time() - run.began,
     }
 
 

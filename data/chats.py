@@ -6,8 +6,9 @@ Files of chats, one a line in JSON, in the forms that people have them:
     {"instruction": "...", "input": "...", "output": "..."}             LLaMA-Factory, Alpaca
 
 Each key is used, refused by its name, or left out and counted, which is told at the end. Mixtures
-of the forms are read too. An answer of weight 0, or of loss false, is not learned: it is given to
-the model, as a query is.
+of the forms are read too. An answer of weight 0, or one that another flag of LEARNED or NOT_LEARNED
+marks so, is not learned: it is given to the model, as a query is. So are all answers of a line that
+is marked.
 """
 import collections
 import json
@@ -28,8 +29,15 @@ LEFT_OUT = {
     "functions", "refusal", "chosen", "rejected",
 }
 CALLS = "tool_calls", "function_call"  # a message that is one may have no text
+# Whether an answer is learned, by the names that other tools have for it: 1 and true, 0 and false.
+LEARNED = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training",
+           "trainable", "trained", "label")
+NOT_LEARNED = "mask", "masked"  # the other way round
+BAD = "kto_tag", "label"  # of a line: whether its answer is a good one
 TEXTS = "text", "input_text", "output_text"  # types of the parts of a content that are read
-REFUSED = "images", "image", "videos", "video", "audios", "audio"  # without them a text lies
+# Without these a text lies, or parts of an answer are learned that are marked as bad.
+REFUSED = ("images", "image", "videos", "video", "audios", "audio", "train_detail",
+           "training_detail")
 BEGINNINGS = {  # of files that are no lines of JSON
     b"\x1f\x8b": "packed by gzip; unpack it first",
     b"PK\x03\x04": "packed by zip; unpack it first",
@@ -84,13 +92,15 @@ def read_chat(line, left_out):
     if not isinstance(record, dict):
         kind = type(record).__name__
         raise ValueError(f": expected {FORM} on a line of its own, got a {kind}")
-    for key in REFUSED:
-        if record.get(key):
-            raise ValueError(f": '{key}' is not supported, only text; expected {FORM}")
+    check_refused(record, "")
     messages = [read_message(i, m, left_out) for i, m in enumerate(turns(record), 1)]
     count(record, left_out)
-    if record.get("kto_tag") is False:
-        raise ValueError(": 'kto_tag' is false, so its answer is a bad one, which is not learned")
+    for key in BAD:
+        if record.get(key) is False:
+            bad = "is false, so its answer is a bad one, which is not learned"
+            raise ValueError(f": '{key}' {bad}")
+    if not is_trained({key: record[key] for key in record if key not in BAD}, ""):
+        messages = [{**message, "given": True} for message in messages]
     if record.get("system"):
         system = {"role": "system", "content": read_content(record["system"], ": 'system'")}
         if messages[0] != system:  # some files say it in both places
@@ -141,6 +151,7 @@ def read_message(i, m, left_out):
     where = f", message {i}"
     if not isinstance(m, dict):
         raise ValueError(f"{where} is no object but a {type(m).__name__}")
+    check_refused(m, where)
     role = m.get("role", m.get("from"))
     known = ALIASES.get(role, role) if isinstance(role, str) else None
     if known not in ROLES:
@@ -186,14 +197,21 @@ def read_content(content, where):
     return "".join(parts)
 
 
+def check_refused(found, where):
+    """ValueError if a record or a message has what cannot be left out."""
+    for key in REFUSED:
+        if found.get(key):
+            raise ValueError(f"{where}: '{key}' is not supported, only text; expected {FORM}")
+
+
 def is_trained(m, where):
-    """Whether a message, if an answer, is learned: its weight is not 0 and its loss not false."""
+    """Whether no flag of a message, or of a whole line, says that it is not to be learned."""
     trained = True
-    for key in ("weight", "loss"):
+    for key in (*LEARNED, *NOT_LEARNED):
         value = m.get(key)
         if value not in (None, 0, 1):  # false is 0, true is 1
             raise ValueError(f"{where}: the {key} is {json.dumps(value)}; known are 0 and 1")
-        if value == 0:
+        if value is not None and bool(value) != (key in LEARNED):
             trained = False
     return trained
 

@@ -184,8 +184,9 @@ def load_checkpoint(path):
     The file is not trusted: nothing in it is run, and it takes no more memory than its own size.
     """
     path = pathlib.Path(path)
+    instead = hint(path) or f"train one with: {machine.command('train.py')}"
     if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}; train one with: python train.py")
+        raise ValueError(f"no checkpoint at {path}; {instead}")
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -194,9 +195,23 @@ def load_checkpoint(path):
             return checked(state)
     except Exception as error:  # a damaged file raises many types
         what = f"is not a checkpoint of train.py ({type(error).__name__})"
-        raise ValueError(f"{path} {what}; train one with: python train.py") from None
+        raise ValueError(f"{path} {what}; {instead}") from None
     what = f"is a checkpoint of version {version}; this code reads version {VERSION}"
     raise ValueError(f"{path} {what}. Use the code that wrote it, or train again")
+
+
+def hint(path):
+    """What to do with a path that is no model here but may be one elsewhere; "" if nothing."""
+    path = pathlib.Path(path)
+    if path.suffix == ".gguf":
+        real = machine.command("demos/real.py", str(path), "--out_dir", path.stem)
+        return f"of a GGUF file make a folder: {real}"
+    if path.suffix == ".safetensors":
+        return "name the folder that the file is in"
+    if len(path.parts) == 2 and path.suffix != ".pt" and not path.parent.exists():
+        return ("if it is the name of a model on a hub, download its folder first; demos/real.py "
+                "makes one without a hub")
+    return ""
 
 
 def check_archive(path):

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 
-from data.checkpoint import check_sizes
+from data.checkpoint import check_sizes, hint
 from mask import MASKS
 from model import GPTConfig
 
@@ -34,7 +34,9 @@ def read_json(path):
         # Some editors put a byte order mark before the text; "utf-8-sig" passes over it.
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+        instead = hint(path.parent)
+        why = f"{error.strerror}); {instead}" if instead else f"{error.strerror})"
+        raise ValueError(f"{path} cannot be read ({why}") from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
@@ -105,9 +107,12 @@ def read_config(folder, block_size=0):
     """
     path = pathlib.Path(folder) / "config.json"
     c = read_json(path)
-    name = str(c.get("architectures")).strip("[']")
-    if name not in ARCHITECTURES:
-        raise ValueError(f"{path}: the architecture {name} is not known; "
+    names = c.get("architectures")
+    names = names if isinstance(names, list) else [names]
+    # Of several, as of a model that was published for two uses, one is known.
+    found = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
+    if len(found) != 1:
+        raise ValueError(f"{path}: the architecture {' and '.join(map(str, names))} is not known; "
                          f"known are {', '.join(ARCHITECTURES)}")
     for option, allowed in SUPPORTED.items():
         value = c.get(option, allowed[0])
@@ -135,7 +140,7 @@ def read_config(folder, block_size=0):
         rope_scaling=scaling,
         norm_eps=number(path, c, "rms_norm_eps", 1e-6, float),
         tie_embeddings=bool(c.get("tie_word_embeddings")),
-        **ARCHITECTURES[name],
+        **ARCHITECTURES[found[0]],
     )
     check_sizes(config)
     return config

@@ -9,72 +9,121 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
+import time
 from array import array
 
 import numpy as np
 import torch
 
-from data import dialogues, talk, words
+from data import dialogues
 from data.chats import read_chats
-from data.machine import Bar, is_running
+from data.checkpoint import make_folder
+from data.machine import Bar
 from mask import one_pass
 
 SPLITS = "train", "val", "test", "new_words"
 SIZES = {"val": 1000, "test": 2000, "new_words": 1000}  # dialogues of the held-out splits, at most
-CACHE = pathlib.Path(__file__).parent / "cache"
+FEW = 100  # fewer chats of one's own are all trained on, since 5 % of them would show nothing
+HERE = pathlib.Path(__file__).parent
+CACHE = HERE / "cache"
+A_DAY = 86400  # seconds
 
 
 def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, skip_bad=False,
             families=tuple(dialogues.FAMILIES)):
-    """Write the splits to data/cache, unless they are there already, and return their folder.
+    """Write the splits to a cache, unless they are there already, and return their folder.
 
     data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families, mixed
     as data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
-    fits; those without one are left out. ValueError for a bad file, or if too few are left.
+    fits; those without one are left out. ValueError for a bad file, or if none is left.
     """
-    encoder = tokenizer.identity + tokenizer.default_system
+    if data and os.path.exists(data) and not os.path.isfile(data):
+        raise ValueError(f"--data {data} is no file that can be read twice, as a pipe or a folder "
+                         "is not; write the chats to a file")
+    encoder = tokenizer.identity, tokenizer.default_system, tokenizer.encode_dialogue(PROBE)
     made_from = encoder, block_size, bool(data), n_dialogues, seed, mixed, families, skip_bad
     key = hashlib.sha256(repr(made_from).encode())
-    if data and pathlib.Path(data).is_fifo():
-        raise ValueError(f"--data {data} is a pipe, which cannot be read twice; write it to a file")
-    for path in [data] if data else [dialogues.__file__, talk.__file__, words.__file__]:
+    # Whatever code here is edited, the data is made anew.
+    for path in [*sorted(HERE.rglob("*.py")), *([data] if data else [])]:
         with open(path, "rb") as origin:
             for part in iter(lambda: origin.read(1 << 20), b""):
                 key.update(part)
-    folder = CACHE / key.hexdigest()[:16]
-    if folder.exists():
-        return folder
-    CACHE.mkdir(exist_ok=True)
-    clear_cache()
-    # Renamed when whole, so that a broken run leaves no cache.
-    partial = CACHE / f"{folder.name}.{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    name = key.hexdigest()[:16]
+    for cache in caches():
+        if is_whole(cache / name):
+            return cache / name
+    cache = writable_cache()
     encode = Encoder(tokenizer, block_size)
+    # Renamed when whole, so that a broken run leaves no cache.
+    partial = pathlib.Path(tempfile.mkdtemp(suffix=PARTIAL, dir=cache))
     try:
-        partial.mkdir()
         if data:
             splits = own_splits(data, encode, skip_bad)
         else:
             splits = synthetic_splits(encode, n_dialogues, seed, mixed, families)
-        for name, rows in splits:
-            write_split(partial, name, rows)
-        partial.rename(folder)
+        for split, rows in splits.items():
+            write_split(partial, split, rows)
+        (partial / "splits.json").write_text(json.dumps([*splits]), encoding="utf-8")
+        partial.chmod(0o755)
+        if not is_whole(cache / name):
+            shutil.rmtree(cache / name, ignore_errors=True)
+            partial.rename(cache / name)
     except OSError as error:
-        if not folder.exists():  # it does if another run was faster
+        if not is_whole(cache / name):  # it is if another run was faster
             reason = error.strerror or "is the disk full?"  # numpy does not say
-            raise ValueError(f"{partial} cannot be written ({reason})") from None
+            raise ValueError(f"{cache / name} cannot be written ({reason})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if data:
         encode.tell()
-    return folder
+    return cache / name
 
 
-def clear_cache():
-    """Remove what a killed run has left half made."""
-    for partial in CACHE.glob("*.*"):
-        if not is_running(int(partial.suffix[1:])):
-            shutil.rmtree(partial, ignore_errors=True)
+# A dialogue that has all that a layout has; its tokens are part of a cache's key.
+PROBE = [{"role": role, "content": "a"} for role in ("system", *("user", "assistant") * 2)]
+PARTIAL = ".half-made"  # ends the names of what is not whole yet
+
+
+def caches():
+    """The folders that prepared data may be in, the first that can be written is written to.
+
+    $NANOISM_CACHE alone if it is set. Else data/cache, or where the code was installed by another
+    user, this user's own cache.
+    """
+    if os.environ.get("NANOISM_CACHE"):
+        return [pathlib.Path(os.environ["NANOISM_CACHE"])]
+    own = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return [CACHE, pathlib.Path(own, "nanoism")]
+
+
+def writable_cache():
+    """The first of `caches` that can be written, cleared of what killed runs have left half made.
+
+    ValueError if there is none.
+    """
+    for cache in caches():
+        try:
+            make_folder(cache)
+        except OSError as error:
+            reason = error.strerror
+            continue
+        # Another machine or container may be writing here: only what is old was left.
+        for partial in cache.glob(f"*{PARTIAL}"):
+            if time.time() - partial.stat().st_mtime > A_DAY:
+                shutil.rmtree(partial, ignore_errors=True)
+        return cache
+    raise ValueError(f"{cache} cannot be written ({reason}); let NANOISM_CACHE name a folder for "
+                     "the prepared data")
+
+
+def is_whole(folder):
+    """Whether a folder holds the splits that it says, of sizes that agree."""
+    try:
+        read_splits(folder)
+    except Exception:  # a damaged file raises many types
+        return False
+    return True
 
 
 class Encoder:
@@ -102,7 +151,7 @@ class Encoder:
 
 
 def synthetic_splits(encode, n_dialogues, seed, mixed, families):
-    """[(split, rows)], a row (tokens, segments, family). ValueError if one has none."""
+    """{split: rows}, a row (tokens, segments, family). ValueError if one has none."""
     sizes = {split: min(SIZES.get(split, n_dialogues), n_dialogues) for split in SPLITS}
     found = dialogues.deal(sizes, seed, families, mixed)
     rows = {split: [] for split in SPLITS}
@@ -116,11 +165,14 @@ def synthetic_splits(encode, n_dialogues, seed, mixed, families):
             raise ValueError(f"none of {sizes[split]} dialogues for '{split}' has an answer that "
                              f"fits into {encode.block_size} tokens; raise --block_size or "
                              "--n_dialogues")
-    return list(rows.items())
+    return rows
 
 
 def own_splits(data, encode, skip_bad):
-    """[(split, rows)] of a file of chats, drawn from those that fit. ValueError if too few do."""
+    """{split: rows} of a file of chats, drawn from those that fit. ValueError if none does.
+
+    Of FEW and more 5 % are held out for each of "val" and "test".
+    """
     # Each dialogue once, in an order that is not the file's.
     different = {json.dumps(messages): messages for messages in read_chats(data, skip_bad)}
     if not different:
@@ -132,12 +184,13 @@ def own_splits(data, encode, skip_bad):
         row = encode(chat["messages"])
         if row is not None:
             rows.append((*row, chat["family"]))
-    if len(rows) < 3:
-        few = f"has {len(rows)} different dialogues"
-        fit = f"with an answer that fits into {encode.block_size} tokens"
-        raise ValueError(f"{data} {few} {fit}; at least 3 are needed, to train, tune and test on")
-    n = max(1, min(1000, len(rows) // 20))
-    return [("val", rows[:n]), ("test", rows[n : 2 * n]), ("train", rows[2 * n :])]
+    if not rows:
+        raise ValueError(f"{data} has no dialogue with an answer that fits into "
+                         f"{encode.block_size} tokens")
+    if len(rows) < FEW:
+        return {"train": rows}
+    n = min(1000, len(rows) // 20)
+    return {"val": rows[:n], "test": rows[n : 2 * n], "train": rows[2 * n :]}
 
 
 def write_split(folder, name, rows):
@@ -161,9 +214,14 @@ def write_split(folder, name, rows):
 
 
 def read_splits(folder):
-    """{name: Split} of the splits in a folder that hold anything."""
-    splits = {name: Split(folder, name) for name in SPLITS if (folder / f"{name}.json").exists()}
-    return {name: split for name, split in splits.items() if len(split.families)}
+    """{name: Split} of the splits in a folder that hold anything.
+
+    Where nothing is held out, "val" and "test" are "train", the same object.
+    """
+    names = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+    splits = {name: Split(folder, name) for name in names}
+    splits = {name: split for name, split in splits.items() if len(split.families)}
+    return {"val": splits["train"], "test": splits["train"], **splits}
 
 
 def last_answer(segments, block_size):
@@ -177,7 +235,7 @@ def last_answer(segments, block_size):
 
 
 def padded_length(length):
-    """Rows of 80 tokens and more become a multiple of 8: kernels are prepared once for a shape."""
+    """Rounds lengths from 80 on up to a multiple of 8, so that fewer shapes are prepared."""
     return length if length < 80 else -(-length // 8) * 8
 
 
@@ -191,6 +249,9 @@ class Split:
         self.tokens, self.segments, self.offsets = read("tokens"), read("segments"), read("offsets")
         self.families = read("families")  # (dialogues,) of each its family's place in family_names
         self.family_names = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        sizes = len(self.tokens), len(self.segments), len(self.offsets)
+        if sizes != (self.offsets[-1], self.offsets[-1], len(self.families) + 1):
+            raise ValueError(f"{folder} is damaged; remove it")
 
     def rows(self, mask):
         """(rows, 3) dialogue, start, end: a row a dialogue; a row a turn if the mask needs that."""

@@ -7,8 +7,10 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import pathlib
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -52,6 +54,23 @@ def parse(settings_class, description, argv=None):
             options["choices"] = f.metadata["choices"]
         parser.add_argument(f"--{f.name}", **options)
     return settings_class(**vars(parser.parse_args(argv)))
+
+
+def tell_idle(settings, names, why):
+    """Print which of these settings are given although they have no effect, and why."""
+    given = [f"--{f.name}" for f in fields(settings)
+             if f.name in names and getattr(settings, f.name) != f.default]
+    if given and RANK == 0:
+        print(f"without effect {why}: {', '.join(given)}")
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(program, *arguments):
+    """The line that runs a program of this project, to be pasted into a terminal at this place."""
+    here = pathlib.Path.cwd() == ROOT
+    return f"python {shlex.join([program if here else str(ROOT / program), *arguments])}"
 
 
 # What drives a terminal: control characters but for line breaks and tabs, overrides of the
@@ -164,18 +183,6 @@ def until_stopped(items):
             yield item
     finally:
         restore()
-
-
-def is_running(pid):
-    """Whether there is a process of this number; on Windows, where to ask would end it, always."""
-    try:
-        if os.name == "posix":
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 @contextlib.contextmanager

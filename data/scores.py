@@ -74,7 +74,8 @@ TABLES = {  # titles of the tables of a run, and where its metrics have them
 def report(metrics):
     """Print the tables of a run's metrics."""
     how = f"loss {metrics['loss']:.4f}, {metrics['seconds']:.0f} s"
-    print(f"\nHeld-out answers that are exactly right, whole      {how}")
+    of = metrics["of"].capitalize()
+    print(f"\n{of} answers that are exactly right, whole      {how}")
     for title, key in TABLES.items():
         if metrics.get(key):  # none of some families' answers may need a new word
             print(f"  {title}")

@@ -57,7 +57,7 @@ class Tokenizer:
     def __init__(self, name="nanoism", ranks=None, pattern=PATTERN, special=None, layout=LAYOUT,
                  spoken=(), normalize=str, vocab_size=0, default_system=""):
         # What tells two tokenizers of one name apart, beside their ranks.
-        foreign = [pattern, special] if ranks else []
+        foreign = [pattern, special] if ranks else edited(layout)
         if ranks is None:
             ranks, pattern, others = load_named(name)
             n = max([*ranks.values(), *others.values()]) + 1
@@ -152,6 +152,16 @@ class Tokenizer:
     def decode(self, tokens):
         """Token ids -> text; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode(tokens, errors="replace")
+
+
+# The checksum of PATTERN and LAYOUT that the models were trained with that do not name it.
+USUAL = 0xF0B3BCB1
+
+
+def edited(layout):
+    """A list that is empty unless the pattern or the layout was edited: then of their checksum."""
+    checksum = zlib.crc32(repr((PATTERN, layout)).encode())
+    return [] if checksum == USUAL else [checksum]
 
 
 def check_encoding(name, ranks, special):

@@ -12,7 +12,6 @@ so that the result is a checkpoint like any other. Queries, keys and values are 
 so are gate and up: they share an A.
 """
 import pathlib
-import shlex
 import sys
 from dataclasses import dataclass
 
@@ -172,6 +171,7 @@ def finetune(s, splits=None, watch=None):
     # Absolute, should a watch change the working directory.
     source, out = pathlib.Path(s.init_from).absolute(), pathlib.Path(s.out_dir).absolute()
     if not s.lora:
+        machine.tell_idle(s, ("rank", "alpha", "layers"), "beside --no-lora")
         model = from_pretrained(s.init_from, s.block_size)
     else:
         dtype = machine.pick_dtype(s.dtype, machine.pick_device(s.device))
@@ -197,9 +197,8 @@ def main():
         metrics = finetune(s)
         if RANK == 0:
             report(metrics)
-            out = shlex.quote(s.out_dir)
             print("\nckpt.pt is there for --resume alone; remove it to save space")
-            print(f"chat with it: python sample.py --ckpt {out}")
+            print(f"chat with it: {machine.command('sample.py', '--ckpt', s.out_dir)}")
 
 
 if __name__ == "__main__":

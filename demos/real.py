@@ -16,7 +16,6 @@ a LLaMA back into their order.
 import importlib.util
 import json
 import pathlib
-import shlex
 import shutil
 import sys
 
@@ -273,7 +272,7 @@ def write_folder(path, folder, dtype):
 def convert(path, out, dtype):
     """Make the folder `out` of a GGUF file, whole or not at all. ValueError for what cannot be."""
     if out.exists():
-        chat = f"python sample.py --ckpt {shlex.quote(str(out))}"
+        chat = machine.command("sample.py", "--ckpt", str(out))
         raise ValueError(f"{out} is there already; chat with it ({chat}), "
                          "or choose another --out_dir")
     partial = out.with_name(out.name + ".partial")  # takes its name when all is there
@@ -282,6 +281,8 @@ def convert(path, out, dtype):
         partial.mkdir(parents=True)
         write_folder(path, partial, dtype)
         partial.rename(out)
+    except ValueError as error:  # it may name a file that was made of this one, and is removed
+        raise ValueError(str(error).replace(str(partial), str(path))) from None
     except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     finally:
@@ -335,7 +336,7 @@ def main():
             return measure(out)
         path = pathlib.Path(a.file or pathlib.Path(package.submodule_search_locations[0]) / FILE)
         convert(path, out, a.dtype)
-        told = f"python sample.py --ckpt {shlex.quote(str(out))}"
+        told = machine.command("sample.py", "--ckpt", str(out))
         print(f"{out} is written. Chat with it: {told}")
 
 

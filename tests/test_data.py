@@ -2,19 +2,23 @@
 
 import itertools
 import json
+import os
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader as loader
 from data import talk
+from data.checkpoint import load_checkpoint
 from data.dialogues import FAMILIES, deal, generate, split_of
-from data.loader import Split, prepare
-from data.tokenizer import Tokenizer, add_words, train_ranks
+from data.loader import Split, prepare, read_splits
+from data.tokenizer import LAYOUT, PATTERN, Tokenizer, add_words, train_ranks
 from data.words import CITIES, FINAL_CITIES, FINAL_NAMES, HELD_OUT, NAMES, NEW_CITIES, NEW_NAMES
 from mask import MASKS, loss_positions
 
@@ -455,12 +459,67 @@ def test_prefix_trains_each_answer_once_with_its_triplets(cache):
     assert trained["ism"] == trained["causal"] == trained["prefix"] == answers
 
 
-def test_prepare_is_done_once_and_again_when_settings_change(cache):
+def test_prepare_is_done_once_and_again_when_settings_or_code_change(cache, monkeypatch):
+    monkeypatch.setattr(loader, "HERE", cache / "data")
+    shutil.copytree(ROOT / "data", cache / "data", ignore=shutil.ignore_patterns("cache", "*.pt"))
     first = prepare(TOKENIZER, 256, n_dialogues=20)
     stamp = (first / "train.tokens.npy").stat().st_mtime_ns
     assert prepare(TOKENIZER, 256, n_dialogues=20) == first
     assert (first / "train.tokens.npy").stat().st_mtime_ns == stamp
-    assert prepare(TOKENIZER, 128, n_dialogues=20) != first
+    folders = {first, prepare(TOKENIZER, 128, n_dialogues=20)}
+    for name in ("tokenizer.py", "chats.py", "loader.py"):
+        with open(cache / "data" / name, "a", encoding="utf-8") as file:
+            file.write("# edited")
+        folders.add(prepare(TOKENIZER, 256, n_dialogues=20))
+    assert len(folders) == 5
+
+
+def test_a_tokenizer_of_another_pattern_or_layout_is_another_one(monkeypatch):
+    """A checkpoint names its tokenizer; that of the committed one is today's."""
+    before = load_checkpoint(ROOT / "data" / "small.pt")["tokenizer"]
+    assert Tokenizer().identity == before
+    assert Tokenizer(layout={**LAYOUT, "end": "<|over|>"}).identity != before
+    monkeypatch.setattr("data.tokenizer.PATTERN", PATTERN + "|x")
+    assert Tokenizer().identity != before
+
+
+def test_what_stands_in_the_cache_and_is_not_ours_stays(cache):
+    folder = cache / "cache"
+    stay = [folder / name for name in (".DS_Store", ".nfs0001", ".gitkeep", "Thumbs.db", "abc.old",
+                                       "made-elsewhere.half-made", "x.1")]
+    left = folder / "left.half-made"
+    folder.mkdir()
+    for path in (*stay, left):
+        path.mkdir() if path.suffix in (".old", ".half-made") else path.touch()
+    os.utime(left, (0, 0))  # a run that was killed long ago; the other may be another machine's
+    prepare(TOKENIZER, 256, n_dialogues=20)
+    assert all(path.exists() for path in stay) and not left.exists()
+    assert len(list(folder.iterdir())) == len(stay) + 1
+
+
+def test_a_damaged_cache_is_made_again(cache):
+    rng = random.Random(0)
+    folder = prepare(TOKENIZER, 256, n_dialogues=20)
+    good = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for path, content in good.items():
+        for damaged in (None, b"", content[: rng.randrange(len(content))]):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            assert prepare(TOKENIZER, 256, n_dialogues=20) == folder
+            assert {path: path.read_bytes() for path in folder.iterdir()} == good
+
+
+def test_where_the_cache_goes_that_cannot_be_beside_the_code(cache, monkeypatch):
+    (cache / "file").touch()
+    monkeypatch.setattr(loader, "CACHE", cache / "file" / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "mine"))
+    assert prepare(TOKENIZER, 256, n_dialogues=9).parent == cache / "mine" / "nanoism"
+    monkeypatch.setenv("NANOISM_CACHE", str(cache / "here"))
+    assert prepare(TOKENIZER, 256, n_dialogues=9).parent == cache / "here"
+    monkeypatch.setenv("NANOISM_CACHE", str(cache / "file" / "here"))
+    with pytest.raises(ValueError, match="let NANOISM_CACHE name a folder"):
+        prepare(TOKENIZER, 256, n_dialogues=9)
 
 
 def write(path, lines):
@@ -483,13 +542,6 @@ def random_chats(n, most):
             messages += json.loads(chat(number, "hello " * rng.randint(1, most)))["messages"]
         lines.append(json.dumps({"messages": messages}))
     return lines
-
-
-def test_own_chats(cache):
-    path = write(cache / "chats.jsonl", [chat(n) for n in range(10)] + [chat(3), ""])
-    folder = prepare(TOKENIZER, 64, data=path)
-    sizes = {name: len(Split(folder, name).families) for name in ("train", "val", "test")}
-    assert sizes == {"train": 8, "val": 1, "test": 1}
 
 
 @pytest.mark.parametrize(
@@ -522,8 +574,7 @@ def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
     path = write(cache / "chats.jsonl", lines)
     folder = prepare(TOKENIZER, 64, data=path)
     assert "1 dialogues were cut" in capsys.readouterr().out
-    for name in ("train", "val", "test"):
-        split = Split(folder, name)
+    for split in read_splits(folder).values():
         assert (np.diff(split.offsets) <= 64).all()
         assert all(split.segments[end - 1] % 2 == 0 for end in split.offsets[1:])
 
@@ -534,10 +585,9 @@ def test_dialogues_without_an_answer_are_left_out(cache, capsys):
     alone = [json.dumps({"messages": [query]}) for query in queries]
     path = write(cache / "chats.jsonl", alone + [chat(n) for n in range(20)])
     folder = prepare(TOKENIZER, 64, path)
-    kept = [Split(folder, name) for name in ("train", "val", "test")]
-    assert sum(len(split.families) for split in kept) == 20
+    assert len(read_splits(folder)["train"].families) == 20
     assert "40 had no answer that fits" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="0 different dialogues with an answer that fits"):
+    with pytest.raises(ValueError, match="no dialogue with an answer that fits"):
         prepare(TOKENIZER, 64, write(cache / "alone.jsonl", alone))
 
 

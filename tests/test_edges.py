@@ -36,6 +36,7 @@ from data.chats import read_chats
 from data.checkpoint import LOCK, hold, let_go, load_checkpoint, write_json
 from data.loader import Split, prepare, read_splits
 from data.machine import Bar, check_compiler, pick_device, pick_dtype, printable
+from data.scores import report
 from mask import MASKS
 from model import GPT, Cache, GPTConfig, Replay, fastest_attention
 from sample import BUSY, Chat, command, go_on, load_chat, read_history, sample, talk
@@ -195,6 +196,9 @@ CALL = {"role": "assistant", "tool_calls": [{"id": 1}]}
     "record, words",
     [
         ({"messages": [USER, ANSWER], "kto_tag": False}, "'kto_tag' is false, so its answer"),
+        ({"messages": [USER, ANSWER], "loss_mask": [0, 1]}, "the loss_mask is [0, 1]; known are"),
+        ({"messages": [USER, {**ANSWER, "loss_weight": 0.5}]}, "the loss_weight is 0.5; known"),
+        ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "2: 'train_detail' is not"),
         ({"messages": [USER, ANSWER], "conversations": [USER, ANSWER]},
          "there are both 'messages' and 'conversations'"),
         ({"messages": [USER, ANSWER], "instruction": "x"}, "both 'messages' and 'instruction'"),
@@ -231,10 +235,23 @@ def test_columns_that_are_null_say_nothing_and_a_byte_order_mark_neither(tmp_pat
     assert "1 times chosen, 1 times rejected" in capsys.readouterr().out
 
 
-def test_a_loss_of_0_is_not_learned(tmp_path):
+@pytest.mark.parametrize("flag", [
+    {"weight": 0}, {"loss": False}, {"train": False}, {"training": False}, {"trainable": False},
+    {"loss_mask": 0}, {"mask": True}, {"loss_weight": 0.0}, {"loss_scale": 0}, {"label": False},
+    {"trained": False}, {"masked": 1}])
+def test_an_answer_that_another_tool_marks_is_not_learned(tmp_path, flag):
+    """Nor is any answer of a line that is marked; what is marked the other way is learned."""
     path = tmp_path / "c.jsonl"
-    path.write_text(json.dumps({"messages": [USER, {**ANSWER, "loss": 0}]}), encoding="utf-8")
-    assert list(read_chats(path)) == [[USER, {**ANSWER, "given": True}]]
+    (key, value), = flag.items()
+    lines = [{"messages": [USER, {**ANSWER, key: x}]} for x in (value, 1 - value, None)]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    given = {**ANSWER, "given": True}
+    assert list(read_chats(path)) == [[USER, given], [USER, ANSWER], [USER, ANSWER]]
+    path.write_text(json.dumps({"messages": [USER, ANSWER], **flag}), encoding="utf-8")
+    if key == "label":
+        assert "'label' is false, so its answer" in fails(lambda: list(read_chats(path)))
+    else:
+        assert next(read_chats(path))[1] == given
 
 
 def test_bad_lines_that_were_skipped_once_are_not_skipped_unasked(tmp_path, chats):
@@ -324,22 +341,42 @@ def test_runs_of_hardly_any_dialogues_end_or_say_why(tmp_path):
     assert train(Settings(**{**s, "n_dialogues": 3}, block_size=48))["loss"] > 0
 
 
-def test_splits_are_drawn_from_dialogues_that_fit(tmp_path):
-    """Random files of short and long chats: three splits that hold something, or one line."""
-    rng, told = random.Random(0), 0
-    for number in range(40):
-        lengths = rng.choices((2, 2, 100), k=rng.randint(1, 12))
-        path = tmp_path / f"{number}.jsonl"
+def test_splits_are_drawn_from_dialogues_that_fit(tmp_path, capsys):
+    """Few chats are all trained on and reported on; of more, 5 % are held out for each report."""
+    rng = random.Random(0)
+    for fit in (0, 1, 6, loader.FEW - 1, loader.FEW, 250):
+        lengths = [2] * fit + [100] * rng.randint(1, 12)
+        rng.shuffle(lengths)
+        path = tmp_path / f"{fit}.jsonl"
         text = "\n".join(line_of_chat(n, "hello " * k) for n, k in enumerate(lengths))
-        path.write_text(text, encoding="utf-8")
-        if lengths.count(2) < 3:
-            told += 1
-            assert "at least 3 are needed" in fails(prepare, TOKENIZER, 32, str(path))
+        path.write_text("\n".join([text] * 3), encoding="utf-8")  # each is there three times
+        if fit == 0:
+            words = f"{path} has no dialogue with an answer that fits into 32 tokens"
+            assert fails(prepare, TOKENIZER, 32, str(path)) == words
             continue
         splits = read_splits(prepare(TOKENIZER, 32, str(path)))
-        assert {*splits} == {"train", "val", "test"}
-        assert sum(len(split.families) for split in splits.values()) == lengths.count(2)
-    assert 3 < told < 30
+        sizes = {name: len(split.families) for name, split in splits.items()}
+        if fit < loader.FEW:
+            assert sizes["train"] == fit and splits["val"] is splits["test"] is splits["train"]
+        else:
+            held = fit // 20
+            assert sizes == {"train": fit - 2 * held, "val": held, "test": held}
+
+
+def test_few_chats_are_learned_by_heart_and_the_report_says_so(tmp_path, capsys):
+    path = tmp_path / "c.jsonl"
+    text = "\n".join(line_of_chat(n) for n in range(6))
+    path.write_text(text, encoding="utf-8")
+    s = {**TINY, "max_iters": None, "n_dialogues": 7}
+    metrics = train(Settings(**s, data=str(path), out_dir=str(tmp_path), skip_bad=True))
+    report(metrics)
+    told = capsys.readouterr().out
+    assert "fewer than 100 different chats: all are trained on, and the report is on" in told
+    assert "6 rows of" in told and "without effect beside --data: --n_dialogues" in told
+    assert "Trained-on answers that are exactly right" in told and "eld-out" not in told
+    assert metrics["accuracy"] == {"chats": 1} and metrics["settings"]["max_iters"] == 400
+    for n in range(6):
+        assert load_chat(tmp_path / "ckpt.pt", "cpu").send(f"hello {n}") == f"yes {n}"
 
 
 def test_a_run_saves_before_it_evaluates(tmp_path, monkeypatch):
@@ -934,7 +971,7 @@ def test_data_from_a_pipe_is_one_line(chats):
     path = f"/dev/fd/{read}"
     said = fails(prepare, TOKENIZER, 64, path)
     os.close(read)
-    assert said == f"--data {path} is a pipe, which cannot be read twice; write it to a file"
+    assert said.startswith(f"--data {path} is no file that can be read twice")
 
 
 def test_out_of_memory_in_a_fine_tuning_is_one_line(
@@ -1103,7 +1140,7 @@ def test_help_shows_the_real_defaults(settings_class, capsys, monkeypatch):
     help_of = sections(capsys.readouterr().out)
     s = settings_class(init_from="x")
     for name, value in vars(s).items():
-        if value in ("", "x") or name == "learning_rate":
+        if value in ("", "x", None) or name == "learning_rate":
             continue
         assert f"(default: {value})" in help_of[f"--{name}"], name
     told = help_of["--learning_rate"]

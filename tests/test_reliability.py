@@ -328,8 +328,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         flags = f"--out_dir={folder}", "--max_iters=1", "--n_dialogues=40"
         said = main_fails(monkeypatch, *flags)
         assert f"--out_dir {folder} is no folder that can be written" in said
-    monkeypatch.setattr("data.loader.CACHE", tmp_path / "file" / "cache")
-    assert "file/cache" in main_fails(monkeypatch, f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    monkeypatch.setenv("NANOISM_CACHE", str(tmp_path / "file" / "cache"))
+    said = main_fails(monkeypatch, f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    assert "file/cache cannot be written" in said
 
 
 def test_data_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
