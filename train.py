@@ -458,8 +458,8 @@ def save(run):
     if RANK > 0 or run.out is None:
         return
     checkpoint.save_checkpoint(
-        run.out / "ckpt.pt", run.former, config=asdict(run.model.config), settings=asdict(run.s),
-        tokenizer=run.tokenizer.identity, model=run.model.state_dict(),
+        run.out / "ckpt.pt", former=run.former, config=asdict(run.model.config),
+        settings=asdict(run.s), tokenizer=run.tokenizer.identity, model=run.model.state_dict(),
         optimizer=run.optimizer.state_dict(), step=run.step,
     )
     if not run.saved and not run.s.resume:  # earlier figures go where their checkpoint went
@@ -513,7 +513,7 @@ def measure(run):
         answers = answers[needs_new_word(new, answers, run.tokenizer)]
         metrics["accuracy_new_words"], _ = summary(new, answers)
     return {
-        **metrics, "of": reported_on(run.splits), "parameters": run.model.n_params(),
+        **metrics, "reported_on": reported_on(run.splits), "parameters": run.model.n_params(),
         "settings": asdict(run.s), "seconds": time.time() - run.began,
     }
 

@@ -74,7 +74,7 @@ TABLES = {  # titles of the tables of a run, and where its metrics have them
 def report(metrics):
     """Print the tables of a run's metrics."""
     how = f"loss {metrics['loss']:.4f}, {metrics['seconds']:.0f} s"
-    of = metrics["of"].capitalize()
+    of = metrics["reported_on"].capitalize()
     print(f"\n{of} answers that are exactly right, whole      {how}")
     for title, key in TABLES.items():
         if metrics.get(key):  # none of some families' answers may need a new word

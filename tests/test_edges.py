@@ -34,6 +34,7 @@ import train as train_module
 from data import machine
 from data.chats import read_chats
 from data.checkpoint import LOCK, hold, let_go, load_checkpoint, write_json
+from data.hf import from_pretrained, save_pretrained
 from data.loader import Split, prepare, read_splits
 from data.machine import Bar, check_compiler, pick_device, pick_dtype, printable
 from data.scores import report
@@ -1049,6 +1050,8 @@ def test_a_chat_takes_the_folder_of_a_run_and_tells_of_another_mask(trained):
     assert told == ["[trained under ism: to read well under causal it has to learn it first]"]
     load_chat(trained / "ckpt.pt", "cpu", mask="ism", notify=told.append)
     assert len(told) == 1
+    load_chat(trained / "ckpt.pt", "cpu", block_size=32, notify=told.append)
+    assert told[1:] == ["[--block_size is for folders: this checkpoint has 256 tokens]"]
     assert isinstance(chat.send("hi"), str)
 
 
@@ -1089,6 +1092,53 @@ def test_what_a_run_or_a_chat_writes_goes_through_links_and_into_devices(tmp_pat
     private.touch(mode=0o600)
     write_json(private, {})
     assert private.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("path, words", [
+    ("my x.gguf", "make a folder: python demos/real.py 'my x.gguf' --out_dir 'my x'"),
+    ("meta-llama/Llama-3.2-1B", "if it is the name of a model on a hub, download its folder"),
+    ("out/smollm2/model.safetensors", "name the folder that the file is in"),
+    ("none/ckpt.pt", "train one with: python train.py"),
+])
+def test_what_is_no_model_here_may_be_one_elsewhere(tmp_path, monkeypatch, path, words):
+    monkeypatch.chdir(ROOT)
+    assert words in fails(load_chat, path, "cpu")
+    if not path.endswith(".pt"):
+        assert words in fails(train, Settings(**TINY, init_from=path, out_dir=str(tmp_path)))
+    monkeypatch.chdir(tmp_path)  # from elsewhere a program has its whole path
+    assert words.replace("python ", f"python {ROOT}/") in fails(load_chat, path, "cpu")
+
+
+def test_a_config_with_two_names_for_one_thing(tmp_path, folder):
+    path, out = folder / "config.json", tmp_path / "out"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    two = ["LlamaForSequenceClassification", *config["architectures"]]
+    told = {**config, "dtype": "float32", "torch_dtype": "float32", "architectures": two}
+    path.write_text(json.dumps(told), encoding="utf-8")
+    save_pretrained(from_pretrained(folder, dtype=torch.bfloat16), folder, out)
+    written = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert written == {**told, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    for names in ([], None, two[:1], [*config["architectures"], "Qwen3ForCausalLM"]):
+        path.write_text(json.dumps({**config, "architectures": names}), encoding="utf-8")
+        assert "is not known; known are LlamaForCausalLM" in fails(from_pretrained, folder)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(data=True, families="follow-up", mixed=False),
+     "beside --data: --n_dialogues, --families, --mixed"),
+    (dict(skip_bad=True), "without --data: --skip_bad"),
+    (dict(mask="causal", anneal=2), "under causal, where it begins: --anneal"),
+    (dict(data=True, init_from=True, lora=False, rank=4), "beside --no-lora: --rank"),
+])
+def test_flags_without_effect_are_told(tmp_path, folder, chats, capsys, flags, words):
+    known = {"data": chats, "init_from": str(folder)}
+    flags = {name: known.get(name, value) for name, value in flags.items()}
+    s = {**TINY, "max_iters": 1, "block_size": 64, "out_dir": str(tmp_path / "out"), **flags}
+    if "lora" in flags:
+        finetune(Finetune(**{k: s[k] for k in s if k not in ("n_embd", "n_layer", "n_head")}))
+    else:
+        train(Settings(**s))
+    assert f"without effect {words}" in capsys.readouterr().out.splitlines()
 
 
 def test_to_resume_with_other_settings_is_told(tmp_path, capsys):

@@ -345,6 +345,14 @@ def test_another_architecture(tmp_path):
         real.convert(tmp_path / "model.gguf", tmp_path / "out", "float32")
 
 
+def test_a_refused_file_is_named_and_not_what_was_made_of_it(tmp_path):
+    template = "{{ raise_exception('no') }}"
+    path = write(tmp_path / "model.gguf", tokenizer__chat_template=template)
+    with pytest.raises(ValueError) as error:
+        real.convert(path, tmp_path / "out", "float32")
+    assert str(error.value).startswith(str(path)) and "partial" not in str(error.value)
+
+
 def test_a_file_cut_off_anywhere(tmp_path):
     """One line, and nothing is left behind; so for bytes that are none of a GGUF file's."""
     path, rng = write(tmp_path / "model.gguf", quantization="Q8_0"), random.Random(0)

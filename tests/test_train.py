@@ -133,7 +133,7 @@ def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert set(metrics["accuracy"]) and all(0 <= x <= 1 for x in metrics["accuracy"].values())
     tables = {"accuracy", "accuracy_by_turn", "accuracy_by_kind", "accuracy_new_words"}
-    assert set(metrics) == tables | {"loss", "seconds", "settings", "parameters"}
+    assert set(metrics) == tables | {"reported_on", "loss", "seconds", "settings", "parameters"}
 
 
 def test_resume_with_another_config_is_told(tmp_path):
