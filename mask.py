@@ -14,14 +14,14 @@ It is the upper bound of the sum in the paper's formula. The words:
 
 Two turns, a row for each token: '#' its past and itself, '+' its future, '.' hidden.
 
-    token     segment    causal    f    ISM       f    prefix    f
-    Who             1    #......   1    #+.....   2    #++++..   5
-    ?               1    ##.....   2    ##.....   2    ##+++..   5
-    Ann             2    ###....   3    ###....   3    ###++..   5
-    And             3    ####...   4    ####+..   5    ####+..   5
-    I?              3    #####..   5    #####..   5    #####..   5
-    You're          4    ######.   6    ######.   6    ######.   6
-    Ben             4    #######   7    #######   7    #######   7
+    token     segment    causal    f    ISM       f    ISM sink  f    prefix    f
+    Who             1    #......   1    #+.....   2    #......   1    #++++..   5
+    ?               1    ##.....   2    ##.....   2    ##.....   2    ##+++..   5
+    Ann             2    ###....   3    ###....   3    ###....   3    ###++..   5
+    And             3    ####...   4    ####+..   5    ####+..   5    ####+..   5
+    I?              3    #####..   5    #####..   5    #####..   5    #####..   5
+    You're          4    ######.   6    ######.   6    ######.   6    ######.   6
+    Ben             4    #######   7    #######   7    #######   7    #######   7
 
 All the rest follows from f: the square of booleans that a textbook calls the mask, the positions
 where there is a loss, and what a KV cache may keep. `python mask.py` draws a longer dialogue.
@@ -48,6 +48,17 @@ def ism(segments):
     return torch.where(segments % 2 == 1, end, j)  # (B, T)
 
 
+def ism_sink(segments):
+    """ISM, but f(1) = 1: the first token stays the sink that a model trained causally leans on.
+
+    A head that looks for nothing rests its attention on the first token. That token is known by
+    what it saw: itself alone. Under ISM it sees its whole query, and heads find no place to rest.
+    """
+    f = ism(segments)  # (B, T)
+    f[:, :1] = 1
+    return f
+
+
 def prefix(segments):
     """All up to the end of the last query sees all of it; what follows is causal (a prefix LM).
 
@@ -61,7 +72,7 @@ def prefix(segments):
 
 
 # A mask of your own is one function as above and one entry here: `python train.py --mask yours`.
-MASKS = {"causal": causal, "prefix": prefix, "ism": ism}
+MASKS = {"causal": causal, "prefix": prefix, "ism": ism, "ism_sink": ism_sink}
 
 
 def dense(f, S=0):

@@ -3,14 +3,15 @@ Does a published model gain by reading queries in both directions? SmolLM2 under
 
     python demos/compare.py              prints and draws the committed figures, without training
     python demos/compare.py --full       fine-tunes, hours on a CPU, and writes out/compare.json
-    python demos/compare.py --full --gsm8k FOLDER      with GSM8K's train.jsonl and test.jsonl
+    python demos/compare.py --full --kinds gsm8k --gsm8k FOLDER     its train.jsonl and test.jsonl
 
 Both masks get the same dialogues, seeds and steps of LoRA, and each the better of the rates. The
 dialogues are of three kinds, each asked apart:
 
     question last   lists and facts, told before it is known what will be asked about them
     dialogues       those of data/dialogues.py
-    gsm8k           sums told as a story, with a worked answer (Cobbe et al., 2021)
+    gsm8k           sums told as a story, with a worked answer (Cobbe et al., 2021); masks are
+                    compared problem by problem
 
 SmolLM2 was trained under causal. So the curves also tell how fast it learns to read both ways. Two
 commands with other --masks can run beside each other.
@@ -26,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -53,7 +56,10 @@ from demos.output import (
     seeds_of,
     table,
 )
-from train import evaluate
+from mask import MASKS
+from train import evaluate, predicted
+
+KINDS = "question last", "dialogues", "gsm8k"
 
 
 @dataclass
@@ -62,13 +68,17 @@ class Comparison:
 
     full: bool = setting(False, "train what has no file in --runs yet")
     init_from: str = setting("out/smollm2", "the Hugging Face folder to start from")
-    gsm8k: str = setting("", "a folder with GSM8K's train.jsonl and test.jsonl; without it none")
+    kinds: str = setting("question last,dialogues", "of dialogues, with commas between")
+    gsm8k: str = setting("", "a folder with GSM8K's train.jsonl and test.jsonl")
+    problems: int = setting(1319, "how many of GSM8K's to test on")
+    twice: bool = setting(False, "say each query twice, so that causal has seen how it ends")
     masks: str = setting("causal,ism", "names of masks, with commas between")
     seeds: str = setting("0-2", "seeds of each: of the dialogues, LoRA and the order")
     rates: str = setting("1e-3,3e-3", "rates that the first seed tries, with commas between")
     steps: int = setting(120, "training steps")
     every: int = setting(20, "steps between two looks")
-    batch_size: int = setting(2, "a step holds 256 * batch_size tokens, in whole dialogues")
+    batch_size: int = setting(2, "a step holds batch_size * block_size tokens, whole dialogues")
+    block_size: int = setting(256, "longest dialogue in tokens")
     rank: int = setting(16, "of LoRA; 0 trains all weights")
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
     dtype: str = setting("auto", "to compute in, see train.py", machine.DTYPES)
@@ -84,6 +94,11 @@ class Comparison:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         check_masks(self.masks)
+        for kind in self.kinds.split(","):
+            if kind not in KINDS:
+                raise ValueError(f"--kinds {kind}: expected some of {', '.join(KINDS)}")
+        if "gsm8k" in self.kinds and not self.gsm8k:
+            raise ValueError("--kinds gsm8k needs --gsm8k FOLDER, with train.jsonl and test.jsonl")
         if self.full and not Path(self.init_from, "config.json").exists():
             how = "python demos/real.py makes out/smollm2"
             raise ValueError(f"--init_from {self.init_from} is no Hugging Face folder; {how}")
@@ -172,36 +187,58 @@ def gsm8k(path):
         yield {"messages": messages, "family": "gsm8k"}
 
 
+def stories(c, split, n, seed):
+    """n dialogues of GSM8K in the order of a seed; to test on the first ones, the same for all.
+
+    The last tenth of those to train on is there to tune on.
+    """
+    if split == "test":
+        return list(gsm8k(Path(c.gsm8k, "test.jsonl")))[: c.problems]
+    found = list(gsm8k(Path(c.gsm8k, "train.jsonl")))
+    cut = len(found) * 9 // 10
+    found = found[:cut] if split == "train" else found[cut:]
+    Random(seed).shuffle(found)
+    return found[:n]
+
+
 def sources(c, split, n, seed):
     """{kind: n dialogues of a split, which is train, val or test}."""
-    found = {
-        "question last": question_last(split, n, seed),
-        "dialogues": generate(split, n, seed, mixed=True),
-    }
-    if c.gsm8k:
-        stories = list(gsm8k(Path(c.gsm8k, "test.jsonl" if split == "test" else "train.jsonl")))
-        if split != "test":
-            # The last tenth of those to train on is there to tune on.
-            cut = len(stories) * 9 // 10
-            stories = stories[cut:] if split == "val" else stories[:cut]
-        Random(seed).shuffle(stories)
-        found["gsm8k"] = stories[:n]
+    found = {}
+    for kind in c.kinds.split(","):
+        if kind == "question last":
+            found[kind] = question_last(split, n, seed)
+        elif kind == "dialogues":
+            found[kind] = generate(split, n, seed, mixed=True)
+        else:
+            found[kind] = stories(c, split, n, seed)
     return found
+
+
+def said_twice(messages):
+    """Each query twice over, so that its second half is read with all of it in view."""
+    texts = {"user": "{0}\n\n{0}"}
+    return [{**m, "content": texts.get(m["role"], "{0}").format(m["content"])} for m in messages]
 
 
 def splits(c, seed, folder):
     """{"train": all kinds together, "val": {kind: Split}, "test": {kind: Split}}."""
-    encode = Encoder(hf.load_tokenizer(c.init_from), 256)
+    encode = Encoder(hf.load_tokenizer(c.init_from), c.block_size)
 
     def split(name, dialogues):
-        rows = [(encode(d["messages"]), d["family"]) for d in dialogues]
-        write_split(folder, name, [(*row, family) for row, family in rows if row is not None])
+        rows = []
+        for dialogue in dialogues:
+            messages = dialogue["messages"]
+            row = encode(said_twice(messages) if c.twice else messages)
+            if row is not None:
+                rows.append((*row, dialogue["family"]))
+        write_split(folder, name, rows)
         return Split(folder, name)
 
     found = {"train": split("train", itertools.chain(*sources(c, "train", c.n, seed).values()))}
     for name, n in (("val", c.n // 40), ("test", c.n // 10)):
         kinds = sources(c, name, n, seed)
         found[name] = {kind: split(f"{name} {kind}", said) for kind, said in kinds.items()}
+    encode.tell()
     return found
 
 
@@ -214,12 +251,13 @@ def run_one(c, mask, seed, rate):
     rank = max(c.rank, 1)  # read with LoRA alone
     s = Finetune(
         init_from=c.init_from, mask=mask, seed=seed, learning_rate=rate, lora=c.rank > 0,
-        rank=rank, alpha=2.0 * rank, max_iters=c.steps, batch_size=c.batch_size, block_size=256,
-        warmup_iters=c.steps // 12, anneal=c.anneal, eval_interval=c.steps, dtype=c.dtype,
+        rank=rank, alpha=2.0 * rank, max_iters=c.steps, batch_size=c.batch_size,
+        block_size=c.block_size, warmup_iters=c.steps // 12, anneal=c.anneal,
+        eval_interval=c.steps, dtype=c.dtype,
     )
     record = {
         "mask": mask, "seed": seed, "rate": rate, "anneal": c.anneal, "rank": c.rank,
-        "steps": [], "curves": {}, "end": {}, "families": {},
+        "twice": c.twice, "steps": [], "curves": {}, "end": {}, "families": {}, "pairs": {},
     }
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -234,12 +272,17 @@ def run_one(c, mask, seed, rate):
                     record["curves"].setdefault(kind, []).append(ask(run, split)[:2])
             if run.step == c.steps:
                 for kind, split in given["test"].items():
+                    if kind == "gsm8k":
+                        sums = loss_by_dialogue(run, split)
+                        record["pairs"] = {"loss": spelled(sums[0]), "tokens": spelled(sums[1])}
+                        record["end"][kind] = [float(sums[0].sum() / sums[1].sum())]
+                        continue
                     loss, right, families = ask(run, split)
                     record["end"][kind] = loss, right
                     record["families"].update(families)
 
         # What train.py itself asks at the end is not needed; so it gets what is soon done.
-        soon = given["val"]["question last"]
+        soon = next(iter(given["val"].values()))
         finetune(s, {"train": given["train"], "test": soon}, watch)
     return {**record, "seconds": time.time() - began}
 
@@ -251,16 +294,41 @@ def ask(run, split):
     return loss, float(answers[:, 2].mean()), families
 
 
+@torch.no_grad()
+def loss_by_dialogue(run, split):
+    """The loss of each dialogue's answers, summed, and their tokens: (2, dialogues)."""
+    mask, model = MASKS[run.s.mask], run.model.eval()
+    sums = torch.zeros(2, len(split.offsets) - 1)
+    for rows in split.batches(split.rows(mask), 2048, seed=0):
+        tokens, segments = split.collate(rows)  # (B, T) each
+        f = mask(segments)  # (B, T)
+        at, targets = predicted(tokens, segments, f)  # (N,) each
+        with machine.autocast(run.device, run.dtype):
+            logits = model(tokens.to(run.device), f, at=at.to(run.device))  # (N, V)
+        losses = F.cross_entropy(logits.float().cpu(), targets, reduction="none")  # (N,)
+        dialogue = torch.from_numpy(rows[:, 0])[at // tokens.shape[1]]  # (N,)
+        sums[0].index_add_(0, dialogue, losses)
+        sums[1].index_add_(0, dialogue, torch.ones_like(losses))
+    model.train()
+    return sums.numpy()
+
+
+def spelled(numbers):
+    """Numbers as one line of a file of figures."""
+    return " ".join(f"{x:.5g}" for x in numbers)
+
+
 def run_all(c):
     """Run what has no file yet: all masks of a seed, then the next seed."""
     for seed in c.all_seeds:
         for mask in c.masks.split(","):
             rates = c.tried
             if len(rates) > 1 and seed != c.all_seeds[0]:
-                name = named({"mask": mask, "anneal": c.anneal, "rank": c.rank})
+                name = named({"mask": mask, "anneal": c.anneal, "rank": c.rank, "twice": c.twice})
                 rates = [best_rate(read_figures(c.json)["runs"], name)]
             for rate in rates:
-                file = f"{mask}-{seed}-{rate:g}-anneal-{c.anneal}-rank-{c.rank}.json"
+                file = f"{mask}-{seed}-{rate:g}-anneal-{c.anneal}-rank-{c.rank}"
+                file += "-twice.json" if c.twice else ".json"
                 make = functools.partial(run_one, c, mask, seed, rate)
                 add_run(Path(c.runs, file), make, c.json)
 
@@ -273,6 +341,8 @@ def chosen_by(run):
 def named(run):
     """What tables call a run and those that differ from it in the seed and the rate alone."""
     parts = [run["mask"]]
+    if run["twice"]:
+        parts.append("given twice")
     if run["anneal"]:
         parts.append("annealed")
     if run["rank"] != Comparison.rank:
@@ -313,7 +383,8 @@ def report(figures):
     for name, runs in found.items():
         ends = {run["seed"]: run["end"] for run in runs}
         losses[name] = {seed: {k: end[k][0] for k in end} for seed, end in ends.items()}
-        rights[name] = {seed: {k: end[k][1] for k in end} for seed, end in ends.items()}
+        rights[name] = {seed: {k: end[k][1] for k in end if len(end[k]) > 1}
+                        for seed, end in ends.items()}
         families[name] = {run["seed"]: run["families"] for run in runs}
     n = max(map(len, found.values()))
     means = f"means of at most {n} seeds, 95 % t intervals" if n > 1 else "one seed"
@@ -322,7 +393,12 @@ def report(figures):
         ("Whole held-out answers that are right, %", rights, percent),
         ("The same by family", families, percent),
     ):
-        table(f"{title}, {means}", by_group("held out", of_masks, told))
+        lines = by_group("held out", of_masks, told)
+        if lines:
+            table(f"{title}, {means}", lines)
+    pairs = by_dialogue(found)
+    if pairs:
+        table("GSM8K, problem by problem: loss a token, ± 1.96 standard errors", pairs)
     steps = figures["runs"][0]["steps"]
     for kind in figures["runs"][0]["curves"]:
         table(f"{kind}: loss after so many steps, {'mean of the seeds' if n > 1 else 'one seed'}", [
@@ -330,6 +406,27 @@ def report(figures):
                               zip(steps, zip(*[curve(run, kind, 0) for run in runs]))}}
             for mask, runs in found.items()
         ])
+
+
+def by_dialogue(found):
+    """Rows for `table`: each run's loss a token less that of causal with the same seed."""
+    numbers = {}  # (name, seed): losses and tokens of each problem, (2, problems)
+    for name, runs in found.items():
+        for run in runs:
+            if run["pairs"]:
+                pairs = [run["pairs"][key].split() for key in ("loss", "tokens")]
+                numbers[name, run["seed"]] = np.array(pairs, dtype=float)
+    lines = []
+    for (name, seed), (losses, tokens) in numbers.items():
+        if name == "causal" or ("causal", seed) not in numbers:
+            continue
+        more = losses - numbers["causal", seed][0]  # (problems,)
+        mean = more.sum() / tokens.sum()
+        error = np.sqrt(((more - mean * tokens) ** 2).sum()) / tokens.sum()
+        lines.append({"run": name, "seed": seed, "problems": len(more),
+                      "loss": f"{losses.sum() / tokens.sum():.4f}",
+                      "more than causal": f"{mean:+.4f} ± {1.96 * error:.4f}"})
+    return lines
 
 
 def decimals(values, sign=""):
