@@ -410,6 +410,7 @@ def report(figures):
 
 def by_dialogue(found):
     """Rows for `table`: each run's loss a token less that of causal with the same seed."""
+    base = next(name for name in found if name.startswith("causal") and "twice" not in name)
     numbers = {}  # (name, seed): losses and tokens of each problem, (2, problems)
     for name, runs in found.items():
         for run in runs:
@@ -418,9 +419,9 @@ def by_dialogue(found):
                 numbers[name, run["seed"]] = np.array(pairs, dtype=float)
     lines = []
     for (name, seed), (losses, tokens) in numbers.items():
-        if name == "causal" or ("causal", seed) not in numbers:
+        if name == base or (base, seed) not in numbers:
             continue
-        more = losses - numbers["causal", seed][0]  # (problems,)
+        more = losses - numbers[base, seed][0]  # (problems,)
         mean = more.sum() / tokens.sum()
         error = np.sqrt(((more - mean * tokens) ** 2).sum()) / tokens.sum()
         lines.append({"run": name, "seed": seed, "problems": len(more),

@@ -6,7 +6,8 @@ A model that was fine-tuned under ISM, used elsewhere: with transformers alone, 
 transformers runs every folder as causal. A model of ISM then still writes, only worse, and nothing
 tells. Two things make it right. The tokens of a query see each other: they are read in one call
 with a mask that hides nothing. And the token that ends an answer belongs to the answer: it is read
-by itself, not with the next query. With that the cache of keys and values works as ever.
+by itself, not with the next query. With that the cache of keys and values works as ever. Under
+ism_sink the first token of all sees itself alone.
 """
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ def dialogue_mask(model, tokens, segments):
     """
     # Tokens of one block see each other; those of block -1 are causal.
     blocks = torch.where(segments % 2 == 1, segments, -1)  # (B, T)
+    if model.config.nanoism_mask == "ism_sink":
+        blocks[:, 0] = -1
     x = model.get_input_embeddings()(tokens)  # (B, T, C)
     return create_causal_mask(model.config, x, None, None, block_sequence_ids=blocks)
 
@@ -30,9 +33,12 @@ def dialogue_mask(model, tokens, segments):
 def read(model, cache, tokens):
     """Read a list of tokens, each of which sees the whole cache and the whole list: logits (V,)."""
     n = len(tokens)
-    everything = torch.ones(1, 1, n, cache.get_seq_length() + n, dtype=torch.bool)  # (1, 1, n, S)
+    start = cache.get_seq_length()
+    seen = torch.ones(1, 1, n, start + n, dtype=torch.bool)  # (1, 1, n, S)
+    if start == 0 and model.config.nanoism_mask == "ism_sink":
+        seen[..., 0, 1:] = False
     # By position, since the cache has had two names. Positions (None) follow from it.
-    return model(torch.tensor([tokens]), everything, None, cache).logits[0, -1]
+    return model(torch.tensor([tokens]), seen, None, cache).logits[0, -1]
 
 
 def turn_end(tokenizer):

@@ -33,9 +33,9 @@ PICTURES = ROOT / "demos" / "out"
 COLORS = {
     "causal": "#e08214", "ism": "#1f5a96", "prefix": "#222222",
     "causal, all tokens": "#fdb863", "causal, given twice": "#fdb863",
-    "ism, annealed": "#6baed6",
+    "ism, annealed": "#6baed6", "ism_sink": "#35978f",
 }
-LINES = {"causal": "--", "prefix": ":"}
+LINES = {"causal": "--", "prefix": ":", "ism_sink": "-."}
 
 
 def color(name):

