@@ -7,12 +7,15 @@ how many answers of held-out dialogues are exactly right, as a whole.
 """
 from dataclasses import dataclass, fields
 
+# Before torch, since it sets how torch's threads wait.
+from data.machine import DEVICES, DTYPES, RANK, WORLD, autocast, from_all, setting
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data.dialogues import FAMILIES
-from data.machine import DEVICES, DTYPES, RANK, WORLD, autocast, from_all, setting
 from mask import MASKS, loss_positions
 
 
