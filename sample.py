@@ -272,7 +272,7 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ValueError(f"{path} holds neither the ckpt.pt of train.py nor the config.json of "
-                             "a published model; train one with: python train.py")
+                             f"a published model; train one with: {machine.command('train.py')}")
         tokenizer = hf.load_tokenizer(path)
         block_size = block_size or min(4096, hf.read_config(path).block_size)
         read_as = torch.float32 if dtype == "float32" else torch.bfloat16
@@ -545,7 +545,7 @@ def main():
     with machine.errors_in_one_line(MEMORY):
         if not a.ckpt and not TRAINED.exists():
             tell(f"[no {TRAINED} yet, so this is the small model of the repository; "
-                 "python train.py trains your own]")
+                 f"{machine.command('train.py')} trains your own]")
             a.ckpt = SMALL_MODEL
         ckpt = a.ckpt or TRAINED
         chat = load_chat(

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 
 import torch
@@ -51,7 +51,8 @@ def whole_file(path, former=None):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, partial)
+            with suppress(OSError):  # some disks have no modes
+                shutil.copymode(path, partial)
             if former is not None:
                 path.replace(former)
         partial.replace(path)
@@ -107,7 +108,8 @@ def hold(folder):
     if locked:
         for name in WRITTEN:
             for partial in folder.glob(f"{name}.????????.partial"):
-                partial.unlink()
+                if partial.is_file():
+                    partial.unlink()
 
 
 def let_go(folder):
@@ -161,10 +163,11 @@ def put_away(path):
 
 
 def steps_of(path):
-    """The steps of a checkpoint; 0 if it cannot be read."""
+    """The steps of a checkpoint, be it of a model that was edited; 0 if it cannot be read."""
     try:
-        return int(load_checkpoint(path)["step"])
-    except (ValueError, TypeError):
+        check_archive(path)
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:  # a damaged file raises many types
         return 0
 
 

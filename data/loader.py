@@ -4,12 +4,13 @@ Dialogues on disk and in batches.
 `prepare` writes each split once as flat integer arrays, `Split` maps them into memory, and
 `Split.batches` sorts by length so that little is padded. Two dialogues never share a row.
 """
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 import time
 from array import array
 
@@ -56,8 +57,9 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
     cache = writable_cache()
     encode = Encoder(tokenizer, block_size)
     # Renamed when whole, so that a broken run leaves no cache.
-    partial = pathlib.Path(tempfile.mkdtemp(suffix=PARTIAL, dir=cache))
+    partial = cache / f"{name}.{secrets.token_hex(4)}{PARTIAL}"
     try:
+        partial.mkdir()
         if data:
             splits = own_splits(data, encode, skip_bad)
         else:
@@ -65,7 +67,6 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
         for split, rows in splits.items():
             write_split(partial, split, rows)
         (partial / "splits.json").write_text(json.dumps([*splits]), encoding="utf-8")
-        partial.chmod(0o755)
         if not is_whole(cache / name):
             shutil.rmtree(cache / name, ignore_errors=True)
             partial.rename(cache / name)
@@ -86,15 +87,16 @@ PARTIAL = ".half-made"  # ends the names of what is not whole yet
 
 
 def caches():
-    """The folders that prepared data may be in, the first that can be written is written to.
+    """The folders where prepared data is looked for. The first that can be written gets new data.
 
     $NANOISM_CACHE alone if it is set. Else data/cache, or where the code was installed by another
     user, this user's own cache.
     """
     if os.environ.get("NANOISM_CACHE"):
         return [pathlib.Path(os.environ["NANOISM_CACHE"])]
-    own = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return [CACHE, pathlib.Path(own, "nanoism")]
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Without a home folder ~ stays as it is.
+    return [CACHE, pathlib.Path(own, "nanoism")] if os.path.isabs(own) else [CACHE]
 
 
 def writable_cache():
@@ -110,8 +112,9 @@ def writable_cache():
             continue
         # Another machine or container may be writing here: only what is old was left.
         for partial in cache.glob(f"*{PARTIAL}"):
-            if time.time() - partial.stat().st_mtime > A_DAY:
-                shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another run clears as well
+                if time.time() - partial.stat().st_mtime > A_DAY:
+                    shutil.rmtree(partial, ignore_errors=True)
         return cache
     raise ValueError(f"{cache} cannot be written ({reason}); let NANOISM_CACHE name a folder for "
                      "the prepared data")
