@@ -1090,7 +1090,6 @@ def test_what_a_run_or_a_chat_writes_goes_through_links_and_into_devices(tmp_pat
     large, out = tmp_path / "large", tmp_path / "out"
     large.mkdir(), out.mkdir()
     (out / "ckpt.pt").symlink_to(large / "ckpt.pt")
-    (out / "metrics.json").symlink_to("/dev/null")
     monkeypatch.chdir(tmp_path)
     elsewhere = lambda run, loss: os.chdir(large)  # as a reader's watch may
     for steps in (2, 3):
@@ -1098,8 +1097,11 @@ def test_what_a_run_or_a_chat_writes_goes_through_links_and_into_devices(tmp_pat
         monkeypatch.chdir(tmp_path)
     assert (out / "ckpt.pt").is_symlink() and load_checkpoint(large / "ckpt.pt")["step"] == 3
     assert load_checkpoint(large / "ckpt.before.pt")["step"] == 2
-    write_json("/dev/null", {})
-    assert pathlib.Path("/dev/null").is_char_device()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", {})
+    assert os.read(reader, 10) == b"{}" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
     private = tmp_path / "private.json"
     private.touch(mode=0o600)
     write_json(private, {})

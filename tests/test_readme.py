@@ -28,7 +28,7 @@ def test_without_a_model_of_ones_own_the_small_one_chats(tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["sample.py", *flags])
     sample.main()
     told, _, answer = capsys.readouterr().out.splitlines()
-    assert "small model" in told and "python train.py" in told
+    assert "small model" in told and "train.py trains your own" in told
     assert answer == "Noted. Your name is Anna."
 
 
