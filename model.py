@@ -534,9 +534,7 @@ def compile_blocks(model):
 def recompute_blocks(model):
     """Let the backward pass compute each block again, to keep the activations of one at a time."""
     for block in model.blocks:
-        # Nothing is drawn in a block, so that no state of a random generator has to be kept.
-        keep = {"use_reentrant": False, "preserve_rng_state": False}
-        block.forward = functools.partial(checkpoint, block.forward, **keep)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class PackedLinear(nn.Module):

@@ -486,6 +486,8 @@ def answer(chat, text):
                     notes.append("[the answer went round in circles and is ended]")
         print()
     except ValueError as error:
+        if not machine.for_the_user(error):
+            raise
         tell(f"[{one_line(error)}]")
     except RuntimeError as error:
         if not machine.out_of_memory(error):

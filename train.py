@@ -178,7 +178,7 @@ from dataclasses import asdict, field
 from data import checkpoint, hf, loader, machine
 from data.scores import by_kind, needs_new_word, report, summary
 from data.tokenizer import Tokenizer
-from mask import annealed, check
+from mask import annealed, causal, check, one_pass
 from model import GPT, GPTConfig, compile_blocks, faster, recompute_blocks, upload
 
 FEW_ITERS = 400  # in which chats are learned by heart that are so few that none is held out
@@ -289,12 +289,13 @@ def open_folder(s):
 
 
 def model_config(s, vocab_size):
-    return GPTConfig(
-        vocab_size=vocab_size, block_size=s.block_size, n_layer=s.n_layer, n_head=s.n_head,
-        n_kv_head=s.n_kv_head or s.n_head, n_embd=s.n_embd, n_hidden=2 * s.n_embd,
-        qkv_bias=s.qkv_bias, qk_norm=s.qk_norm, tie_embeddings=s.tie_embeddings,
-        token_shift=s.token_shift,
-    )
+    """The GPTConfig of the settings: a setting that is a field of it too reaches it."""
+    options = {"n_hidden": 2 * s.n_embd}
+    for f in fields(GPTConfig):
+        if hasattr(s, f.name):
+            options[f.name] = getattr(s, f.name)
+    options["n_kv_head"] = s.n_kv_head or s.n_head
+    return GPTConfig(**options | {"vocab_size": vocab_size})
 
 
 def check_shape(s):
@@ -319,17 +320,31 @@ def prepare(s, tokenizer):
 
 
 def check_mask(name, split, answers_only=True):
-    """ValueError for a mask that returns no f, or under which nothing can be trained."""
+    """ValueError for a mask that returns no f, or under which nothing can be trained.
+
+    A line tells if it is a part of the answers' tokens alone.
+    """
+    mask = MASKS[name]
     try:
-        rows = split.rows(MASKS[name])
+        rows = split.rows(mask)
         _, segments = split.collate(rows[:64])
-        f = MASKS[name](segments)
+        f = mask(segments)
         check(f, segments.shape)
     except ValueError as error:
+        if not machine.for_the_user(error):
+            raise
         raise ValueError(f"the mask '{name}': {error}") from None
     if not loss_positions(segments, f, answers_only).any():
         raise ValueError(f"under the mask '{name}' nothing can be trained: before each token of an "
                          "answer stands one that has seen it; let answers see no future (mask.py)")
+    # Under causal no token is seen too early, so that all of the answers can be trained.
+    answers = loss_positions(segments, causal(segments))  # (B, T)
+    if not one_pass(mask):  # a row a turn: of each its last answer
+        answers &= segments.roll(-1, 1) == segments.amax(1, keepdim=True)
+    share = (loss_positions(segments, f) & answers).sum() / answers.sum()
+    if share < 1 and RANK == 0:
+        print(f"under the mask '{name}' {share:.0%} of the answers' tokens are trained and scored: "
+              "before each of the others stands one that has seen it")
 
 
 def batches(run):
@@ -359,8 +374,8 @@ def parts(run, rows, mask):
     s, split = run.s, run.splits["train"]
     n = min(len(rows), s.grad_accum * WORLD)
     cut = [split.collate(part) for part in np.array_split(rows, n)]
-    trained = [loss_positions(x, mask(x), s.answers_only).sum() for _, x in cut]
-    count = max(1, int(sum(trained)))
+    targets = [predicted(tokens, x, mask(x), s.answers_only)[1] for tokens, x in cut]
+    count = max(1, sum(map(len, targets)))
     return [(tokens, segments, count) for tokens, segments in cut[RANK::WORLD]]
 
 
@@ -606,7 +621,7 @@ def make_optimizer(model, s):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if name.startswith("blocks") and p.dim() > 1 and not name.endswith("shares"):
+        if name.startswith("blocks") and p.dim() == 2 and not name.endswith("shares"):
             matrices.append(p)
         else:
             others.append(p)
@@ -615,7 +630,7 @@ def make_optimizer(model, s):
         {"params": matrices, "weight_decay": s.weight_decay, "muon": muon},
         {"params": others, "weight_decay": 0.0, "muon": False},
     ]
-    fused = matrices[0].device.type != "mps"
+    fused = others[0].device.type != "mps"
     return Muon(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 

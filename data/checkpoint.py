@@ -190,17 +190,22 @@ def load_checkpoint(path):
     instead = hint(path) or f"train one with: {machine.command('train.py')}"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; {instead}")
+    GPTConfig()  # a mistake in it is not the file's
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state.get("version")
         if version == VERSION:
-            return checked(state)
+            state = checked(state)
     except Exception as error:  # a damaged file raises many types
-        what = f"is not a checkpoint of train.py ({type(error).__name__})"
+        why = error if machine.for_the_user(error) else type(error).__name__
+        what = f"is not a checkpoint of train.py ({why})"
         raise ValueError(f"{path} {what}; {instead}") from None
-    what = f"is a checkpoint of version {version}; this code reads version {VERSION}"
-    raise ValueError(f"{path} {what}. Use the code that wrote it, or train again")
+    if version != VERSION:
+        what = f"is a checkpoint of version {version}; this code reads version {VERSION}"
+        raise ValueError(f"{path} {what}. Use the code that wrote it, or train again")
+    check_weights(path, state["model"], GPTConfig(**state["config"]))
+    return state
 
 
 def hint(path):
@@ -230,44 +235,67 @@ def check_archive(path):
 def checked(state):
     """What a checkpoint of this version has to hold. ValueError, KeyError, ... if it does not."""
     tensors = state["model"]
-    config = untrusted_config(state["config"], len(tensors))
-    with torch.device("meta"):  # shapes without memory
-        shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}
-    # While LoRA trains, a layer's own weights are one name deeper, beside LoRA's A and B.
-    plain = {
-        name.replace(".linear.", "."): x.shape
-        for name, x in tensors.items() if not name.endswith((".A", ".B"))
-    }
-    if plain != shapes or not all(x.is_contiguous() for x in tensors.values()):
-        raise ValueError("tensors that are not those of its config")
+    check_config(state["config"], len(tensors))
+    if not all(isinstance(name, str) and x.is_contiguous() for name, x in tensors.items()):
+        raise ValueError("its weights are not tensors")
     texts = [state["settings"][name] for name in ("tokenizer", "mask", "init_from")]
     if not all(isinstance(x, str) for x in (state["tokenizer"], *texts)):
         raise ValueError("settings of a wrong type")
+    if not isinstance(state["optimizer"], dict):
+        raise ValueError("it has no optimizer")
     kept = "config", "settings", "tokenizer", "optimizer", "step"
     return {"model": tensors, **{key: state[key] for key in kept}}
 
 
-def untrusted_config(options, n_tensors):
-    """A GPTConfig from a file. ValueError for types and sizes that would cost memory or time."""
+def check_weights(path, tensors, config):
+    """ValueError if the tensors of a file are not those of a GPT of its config."""
+    with torch.device("meta"):  # shapes without memory
+        wanted = {name: x.shape for name, x in GPT(config).state_dict().items()}
+    # While LoRA trains, a layer's own weights are one name deeper, beside LoRA's A and B.
+    found = {
+        name.replace(".linear.", "."): x.shape
+        for name, x in tensors.items() if not name.endswith((".A", ".B"))
+    }
+    if found == wanted:
+        return
+    told = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    told += [f"{name} is not one of them" for name in found.keys() - wanted.keys()]
+    told += [f"{name} is {tuple(found[name])}, not {tuple(wanted[name])}"
+             for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
+    more = f"; {len(told) - 3} more differ" if len(told) > 3 else ""
+    raise ValueError(f"{path} holds other weights than the GPT of model.py: "
+                     f"{'; '.join(sorted(told)[:3])}{more}")
+
+
+def check_config(options, n_tensors):
+    """ValueError for a config of a file with types or sizes that would cost memory or time."""
     for f in fields(GPTConfig):
         value = options.get(f.name, f.default)
         kinds = (int, float) if f.type is float else f.type
         if not isinstance(value, kinds):
             raise ValueError(f"{f.name} must be {f.type.__name__}, not {value!r}")
+        if f.type is int and not 0 <= value <= LARGEST:
+            raise ValueError(f"{f.name} ({value}) must be from 0 to {LARGEST:,}")
+    unknown = options.keys() - {f.name for f in fields(GPTConfig)}
+    if unknown:
+        raise ValueError(f"GPTConfig has no {', '.join(map(str, unknown))}")
     config = GPTConfig(**options)
     check_sizes(config)
     if config.n_layer >= n_tensors:
         raise ValueError("fewer tensors than layers")
-    return config
+    if (config.n_head + 2 * config.n_kv_head) * config.head_size > LARGEST:
+        raise ValueError("its heads are too large")
+
+
+LARGEST = 1 << 20  # size of a model that a file may claim
 
 
 def check_sizes(config):
     """ValueError if a config, as a file claims it, has a context or a vocabulary beyond measure."""
-    most = 1 << 20
     for name in ("block_size", "vocab_size"):
         value = getattr(config, name)
-        if not 0 < value <= most:
-            raise ValueError(f"{name} ({value}) must be from 1 to {most:,}")
+        if not 0 < value <= LARGEST:
+            raise ValueError(f"{name} ({value}) must be from 1 to {LARGEST:,}")
 
 
 def load_state(path, config, identity, settings):
@@ -299,38 +327,45 @@ def restore(state, model, optimizer, max_iters, path):
 
     ValueError if they do not fit.
     """
-    try:
-        model.load_state_dict(state["model"])
-        step = int(state["step"])
-        restore_optimizer(state["optimizer"]["state"], optimizer, step)
-    except Exception as error:  # a damaged file raises many types
-        other = f"is of other settings ({type(error).__name__})"
+    step, slots = state["step"], state["optimizer"].get("state")
+    other = ""
+    if type(step) is not int or step < 0:
+        other = "it has no number of steps"
+    elif not isinstance(slots, dict) or not all(isinstance(x, dict) for x in slots.values()):
+        other = "it has no optimizer"
+    elif not all(isinstance(x, torch.Tensor) for slot in slots.values() for x in slot.values()):
+        other = "its optimizer's numbers are no tensors"
+    if not other:
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError:
+            other = "it has other weights"
+        # The groups' settings come from the flags.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        other = other or step > 0 and other_slots(optimizer)
+    if other:
         needed = "--resume needs the flags of the run that wrote it"
-        raise ValueError(f"{path} {other}; {needed}") from None
+        raise ValueError(f"{path} is of other settings ({other}); {needed}")
     if step > max_iters:
         what = f"is from step {step}; --max_iters must be at least that, not {max_iters}"
         raise ValueError(f"{path} {what}")
     return step
 
 
-def restore_optimizer(slots, optimizer, step):
-    """Give the slots of a file to the optimizer. ValueError, KeyError, ... if they do not fit."""
-    if step < 0:
-        raise ValueError("a negative step")
-    # The groups' settings come from the flags: of the file only numbers are left to be checked.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    if step == 0:
-        return
+def other_slots(optimizer):
+    """What does not fit in the numbers that the optimizer of train.py was given; "" if all does."""
     for group in optimizer.param_groups:
+        if "muon" not in group:  # an optimizer of the reader's own
+            continue
         names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
         for p in group["params"]:
             found = optimizer.state[p]
             if set(found) != names:
-                raise ValueError("slots of another optimizer")
-            for name, x in found.items():
-                if x.shape != (() if name == "step" else p.shape):
-                    raise ValueError("slots of another size")
+                return "its optimizer is another one"
+            if any(x.shape != (() if name == "step" else p.shape) for name, x in found.items()):
+                return "its optimizer's numbers are of another size"
+    return ""
 
 
 def shrink(path, out):

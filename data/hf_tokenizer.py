@@ -216,11 +216,15 @@ def one_error(read):
     return reader
 
 
-@one_error
 def load_tokenizer(folder):
     """The Tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt, or LLaMA 3's
     tokenizer.model. ValueError for SentencePiece and for what is not supported."""
-    folder = pathlib.Path(folder)
+    return Tokenizer(*read_tokenizer(pathlib.Path(folder)))
+
+
+@one_error
+def read_tokenizer(folder):
+    """What a Tokenizer is made of, in the order of its arguments. ValueError as above."""
     vocab_size = read_config(folder).vocab_size
     # 1. The tokens.
     path = folder / "tokenizer.json"
@@ -258,5 +262,5 @@ def load_tokenizer(folder):
         ranks.setdefault(bytes([byte]), vocab_size + byte)
     ids = {token: i for token, (i, _) in added.items()}
     normalize = functools.partial(unicodedata.normalize, "NFC") if nfc else str
-    return Tokenizer(name, ranks, pattern, ids, layout, spoken, normalize, vocab_size,
-                     default_system(written, layout))
+    system = default_system(written, layout)
+    return name, ranks, pattern, ids, layout, spoken, normalize, vocab_size, system

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import MISSING, field, fields
 
 # GNU's OpenMP reads this when torch is loaded. A thread that waits for another sleeps soon and does
@@ -27,6 +28,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # --- the command line ---------------------------------------------------------------------------
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent  # of the project
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +97,18 @@ def one_line(error):
     return printable(" ".join(str(error)[:1000].split()))
 
 
+def for_the_user(error):
+    """Whether this project raised a ValueError, in words for the user.
+
+    Where a library raised it, or an expression, it is a mistake in the code, whose line must be
+    seen. An OSError tells of a file or of the network, and is for the user too.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = ROOT in pathlib.Path(last.filename).resolve().parents
+    raised = ours and "site-packages" not in last.filename and last.line.startswith("raise")
+    return isinstance(error, OSError) or raised
+
+
 def out_of_memory(error):
     """Whether a RuntimeError of torch says so, of a GPU's memory or of the computer's."""
     words = "out of memory", "can't allocate memory"
@@ -130,6 +146,7 @@ def errors_in_one_line(memory, stopped="stopped"):
     """
     name = os.path.basename(sys.argv[0])
     try:
+        check_torchrun()
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -137,6 +154,8 @@ def errors_in_one_line(memory, stopped="stopped"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
+        if not for_the_user(error):
+            raise
         sys.exit(f"{name}: {one_line(error)}")
     except KeyboardInterrupt as error:
         sys.exit(f"\n{name}: {str(error) or stopped}")
@@ -209,16 +228,23 @@ DEVICES = "cpu, cuda or mps, on which nobody has run this; auto is cuda, or else
 
 def from_torchrun(name, without):
     """A number that torchrun has set in the environment; else what holds without torchrun."""
-    value = os.environ.get(name) or str(without)
-    if not value.isdecimal():
-        sys.exit(f"{name}={value}: torchrun sets a number here; unset it to run without torchrun")
-    return int(value)
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else without
 
 
 # The number of this process, the same on its machine, and how many processes there are.
 RANK = from_torchrun("RANK", 0)
 LOCAL_RANK = from_torchrun("LOCAL_RANK", 0)
 WORLD = from_torchrun("WORLD_SIZE", 1)
+
+
+def check_torchrun():
+    """ValueError if the environment has something else where torchrun sets a number."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        value = os.environ.get(name) or "0"
+        if not value.isdecimal():
+            raise ValueError(f"{name}={value}: torchrun sets a number here; unset it to run "
+                             "without torchrun")
 
 
 def pick_device(name):
