@@ -630,7 +630,7 @@ def make_optimizer(model, s):
         {"params": matrices, "weight_decay": s.weight_decay, "muon": muon},
         {"params": others, "weight_decay": 0.0, "muon": False},
     ]
-    fused = others[0].device.type != "mps"
+    fused = model.norm.weight.device.type != "mps"
     return Muon(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 

@@ -340,10 +340,12 @@ def restore(state, model, optimizer, max_iters, path):
             model.load_state_dict(state["model"])
         except RuntimeError:
             other = "it has other weights"
+    if not other:
         # The groups' settings come from the flags.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        other = other or step > 0 and other_slots(optimizer)
+        if step > 0:
+            other = other_slots(optimizer)
     if other:
         needed = "--resume needs the flags of the run that wrote it"
         raise ValueError(f"{path} is of other settings ({other}); {needed}")

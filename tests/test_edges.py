@@ -457,10 +457,12 @@ def test_what_is_no_number_from_torchrun_is_one_line(monkeypatch):
     for value in ("x", "-1", "1.5", " "):
         monkeypatch.setenv("WORLD_SIZE", value)
         how = "torchrun sets a number here; unset it to run without torchrun"
-        with pytest.raises(SystemExit, match=re.escape(f"WORLD_SIZE={value}: {how}")):
-            machine.from_torchrun("WORLD_SIZE", 1)
+        with pytest.raises(ValueError, match=re.escape(f"WORLD_SIZE={value}: {how}")):
+            machine.check_torchrun()
+        assert machine.from_torchrun("WORLD_SIZE", 1) == 1  # an import ends no process
     for value, number in (("", 1), ("12", 12)):
         monkeypatch.setenv("WORLD_SIZE", value)
+        machine.check_torchrun()
         assert machine.from_torchrun("WORLD_SIZE", 1) == number
 
 

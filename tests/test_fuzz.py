@@ -544,7 +544,7 @@ def deep_line(folder):
 HOSTILE_FILES = {
     "compressed": (compressed, read_checkpoint, "not a checkpoint"),
     "claimed layers": (claims(n_layer=10**12), read_checkpoint, "not a checkpoint"),
-    "claimed width": (claims(n_embd=10**6), read_checkpoint, "not a checkpoint"),
+    "claimed width": (claims(n_embd=10**6), read_checkpoint, "holds other weights"),
     "claimed context": (claims(block_size=10**12), read_checkpoint, "not a checkpoint"),
     "expanded": (expanded, read_checkpoint, "not a checkpoint"),
     "long header": (long_header, from_pretrained, "cut off"),
