@@ -273,7 +273,7 @@ def resume(folder):
     model = GPT(config)
     optimizer = make_optimizer(model, Settings())
     state = load_state(path, config, TOKENIZER.identity, Settings())
-    step = restore(state, model, optimizer, Settings.max_iters, path)
+    step = restore(state, model, optimizer, Settings().max_iters, path)
     assert 0 <= step <= Settings.max_iters
     one_step(model, optimizer)
 

@@ -115,8 +115,8 @@ def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
 
     saved, original = [], checkpoint.save_checkpoint
 
-    def save_then_stop(path, **state):
-        original(path, **state)
+    def save_then_stop(path, former, **state):
+        original(path, former, **state)
         saved.append(state["step"])
         if state["step"] == 20:
             raise Stopped
