@@ -27,8 +27,8 @@ from model import (
     Replay,
     attend_by_blocks,
     block_mask,
-    choose_attention,
     compile_blocks,
+    fastest_attention,
     recompute_blocks,
     rope_tables,
     sdpa,
@@ -62,6 +62,7 @@ def meta_model(options, dtype=torch.bfloat16):
     with META:
         model = GPT(config).to(dtype).eval()
         model.cos, model.sin = rope_tables(config)
+    model.choose_attention = fastest_attention
     return model
 
 
@@ -115,6 +116,7 @@ def other_layout(function):
 def test_a_kernel_may_lay_its_result_out_as_it_likes(monkeypatch, variant):
     tokens, segments = dialogue(random.Random(0), turns=8)
     f, model = ism(segments), make(variant)
+    model.choose_attention = fastest_attention
     expected = model(tokens, f)[0]  # (T, V)
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", other_layout(F.scaled_dot_product_attention))
@@ -130,7 +132,7 @@ def test_few_rows_never_go_to_flex_attention(monkeypatch):
     with OnCpu():
         for n, S in itertools.product((1, 3, 127, 128, 129, 1000), (1023, 1024, 1500)):
             f = torch.ones(1, n, dtype=torch.long)
-            attend = choose_attention(f, S, torch.device("cuda"))
+            attend = fastest_attention(f, S, torch.device("cuda"))
             assert (attend.func is attend_by_blocks) == (S >= FLEX_FROM and n >= 128)
 
 
@@ -156,6 +158,8 @@ def test_blocks_compile_whole(monkeypatch, checkpointing):
     monkeypatch.setattr(model_module, "short", lambda S: False)
     torch._dynamo.reset()
     model, plain = make("llama", n_layer=2), make("llama", n_layer=2)
+    for m in (model, plain):
+        m.choose_attention = fastest_attention
     compile_blocks(model)
     if checkpointing:
         recompute_blocks(model)
