@@ -138,6 +138,39 @@ def describe(name, messages, tokenizer, model=None, masks=MASKS):
     return {"name": name, "tokens": pieces, "segments": segments, "turns": turns}
 
 
+# The largest model that a page holds, in weights: a million are 2.7 MB.
+LARGEST = 10**6
+
+
+def network(model, tokenizer):
+    """A small model and its tokenizer for the page's own forward pass; None if it has none.
+
+    It knows no biases and no rope scaling, and the tokenizer of this repository alone.
+    """
+    config = model.config
+    foreign = not tokenizer.identity.startswith("nanoism ")
+    if foreign or config.qkv_bias or config.rope_scaling or model.n_params() > LARGEST:
+        return None
+    places, parts, start = {}, [], 0
+    for name, p in model.named_parameters():
+        places[name] = [start, p.numel()]
+        parts.append(p.detach().flatten())
+        start += p.numel()
+    halves = torch.cat(parts).bfloat16().view(torch.int16).numpy().tobytes()
+    spelled = [tokenizer.token_bytes(token).decode("latin-1") for token in range(config.vocab_size)]
+    special = {f"<|{role}|>": token for role, token in tokenizer.headers.items()}
+    special["<|end|>"] = tokenizer.end
+    return {
+        "layers": config.n_layer, "H": config.n_head, "Hkv": config.n_kv_head,
+        "D": config.head_size, "eps": config.norm_eps, "theta": config.rope_theta,
+        "qk_norm": config.qk_norm, "shift": config.token_shift, "block_size": config.block_size,
+        "head": "embed.weight" if config.tie_embeddings else "head.weight",
+        "places": places, "weights": base64.b64encode(halves).decode(),
+        "bytes": spelled, "special": special, "unsayable": tokenizer.unsayable,
+        "ranks": {text: i for i, text in enumerate(spelled) if i not in special.values()},
+    }
+
+
 def read_race(path):
     """What the page shows of the figures of demos/race.py. ValueError if the file has others."""
     try:
@@ -163,6 +196,7 @@ def page(dialogues, tokenizer, model=None, trained="", race=None, masks=MASKS):
         "dialogues": [describe(*one, tokenizer, model, masks) for one in dialogues.items()],
         "masks": list(masks),
         "model": None,
+        "network": None if model is None else network(model, tokenizer),
         "race": race,
     }
     if model is not None:

@@ -262,12 +262,13 @@ const checkKeysAndMouse = () => {
   pointedAt(last.prefix, 3, "the fourth row of the matrix");
 };
 
+const near = (shown, wanted, what) => {
+  const close = shown.every((text, i) => Math.abs(parseFloat(text) - wanted[i]) < .4);
+  same(shown.length === wanted.length && close, true, `${what} ${shown} ${wanted}`);
+};
+
 const checkModel = () => {
   const masks = Object.keys(EXPECTED.dialogues[0][0].f);
-  const near = (shown, wanted, what) => {
-    const close = shown.every((text, i) => Math.abs(parseFloat(text) - wanted[i]) < .4);
-    same(shown.length === wanted.length && close, true, `${what} ${shown} ${wanted}`);
-  };
   for (const { mask, layer, head, token, attended, next, answer } of EXPECTED.model) {
     press(String(1 + masks.indexOf(mask)));
     change("layer", layer, "change");
@@ -290,6 +291,14 @@ const checkTyped = () => {
     chip.click();
     pointedAt(ism, j, "typed, token " + j);
   });
+  if (EXPECTED.model) {
+    const { answer, next, reply } = EXPECTED.typed;
+    near(texts("#answer td:nth-child(2)"), answer, "the model's typed answer");
+    near(texts("#next figure:first-child td:last-child"), next, "what it would say then");
+    change("typed", lines[0], "input");
+    same(byId("reply").textContent.split("ism: ")[1].trim(), reply.trim(), "its reply");
+    return;
+  }
   press("4");
   pointedAt(ism, tokens.length - 1, "a mask that the page cannot compute is not chosen");
   const lengths = [["", 0, false], ["one line", 5, false], ["7".repeat(500), 400, true]];
@@ -435,8 +444,22 @@ def expected_turns(messages):
     return found
 
 
-def expected_of_typed():
-    """The tokens of what is typed, and their f under ISM."""
+@torch.inference_mode()
+def expected_of_typed(model):
+    """The tokens of what is typed, and their f under ISM; what a model makes of them."""
+    if model:
+        roles = ["user", "assistant"] * 2
+        messages = [{"role": role, "content": x} for role, x in zip(roles, TYPED, strict=True)]
+        tokens, segments = as_rows(messages)
+        _, probabilities = page.look(model, tokens, MASKS["ism"](segments))
+        start = segments[0].tolist().index(len(TYPED))
+        answer = probabilities[start - 1 : -1].gather(1, tokens[0, start:, None])[:, 0]
+        chat = Chat(model, TOKENIZER, MASKS["ism"], temperature=0, max_new_tokens=40)
+        return {
+            "lines": TYPED, "tokens": [TOKENIZER.decode([i]) for i in tokens[0].tolist()],
+            "ism": naive("ism", segments[0].tolist()), "answer": percent(answer),
+            "next": percent(probabilities[-1].topk(5).values), "reply": chat.send(TYPED[0]),
+        }
     tokens, segments = [], []
     for i, line in enumerate(TYPED):
         words = regex.findall(PATTERN, line)
@@ -475,7 +498,7 @@ def write_checked(path, dialogues, model=None, race=None, opens=None):
     expected = {
         "dialogues": [expected_turns(messages) for messages in dialogues.values()],
         "reusable": random_reuse(300),
-        "typed": expected_of_typed(),
+        "typed": expected_of_typed(model),
         "model": expected_of_model(model) if model else None,
         "race": race,
         "opens": opens,
@@ -514,7 +537,9 @@ def test_in_a_browser(tmp_path, dialogues, monkeypatch, scheme):
     opens = [[" dove"], "turn 3 of 3"]
     write_checked(tmp_path / "masks.html", dialogues, opens=opens)  # with a mask of a user's own
     monkeypatch.undo()
-    write_checked(tmp_path / "model.html", {"Anna": page.ANNA}, tiny())
+    model = tiny(n_kv_head=1, qk_norm=True, token_shift=True)
+    model.load_state_dict(model.bfloat16().float().state_dict())  # the page holds 16 bits of each
+    write_checked(tmp_path / "model.html", {"Anna": page.ANNA}, model)
     figures = tmp_path / "race.json"
     figures.write_text(json.dumps(random_race()), encoding="utf-8")
     write_checked(tmp_path / "race.html", {"Anna": page.ANNA}, race=page.read_race(figures))
