@@ -89,6 +89,18 @@ def test_loss_positions(notebook):
         assert f"{name}: {n} of answers; {of_all} if" in said
 
 
+def test_f_becomes_the_zeros_of_the_softmax(notebook):
+    said, picture = outputs(notebook, "attention")
+    T, f = 27, {"causal": range(1, 28), "ism": [9] * 9 + [*range(10, 15)] + [21] * 7}
+    f["ism"] += range(22, 28)
+    zeros = {name: sum(T - limit for limit in limits) for name, limits in f.items()}
+    for name, of_token_2 in (("causal", 2), ("ism", 9)):
+        line = (f"{name}: {zeros[name]} of {T * T} shares are 0; token 2 has {of_token_2} that are "
+                "not, and they sum to 1.000")
+        assert line in said
+    assert picture
+
+
 def test_the_model_trains_and_chats_and_its_cache_is_kept_by_f(notebook):
     said, picture = outputs(notebook, "train")
     assert picture and re.search(r"[\d,]+ parameters, \d+ s", said)
@@ -121,7 +133,7 @@ def test_the_exercise_as_it_stands_is_causal(notebook):
 
 
 def test_the_committed_notebook_has_outputs_and_no_traces(committed):
-    assert 14 <= len(committed.cells) <= 18
+    assert 14 <= len(committed.cells) <= 20
     assert len({cell.id for cell in committed.cells}) == len(committed.cells)
     for cell in committed.cells:
         assert cell.metadata == {}
@@ -152,7 +164,7 @@ def test_the_plan_for_class():
     """It fits a page, names files that are there, and its solution gives the numbers it names."""
     text = (ROOT / "demos" / "teaching.md").read_text(encoding="utf-8")
     lines = text.splitlines()
-    assert len(lines) <= 120 and max(map(len, lines)) <= 100
+    assert len(lines) <= 120 and all(len(line) <= 100 for line in lines if line[0:1] != "|")
     for path in re.findall(r"\b(?:demos|tests)/\w+\.(?:py|ipynb|png|html|md|txt)", text):
         assert (ROOT / path).exists() or path == "demos/answers.py", path
     solution = re.search(r"`(torch\.where\(.*?)`", text)[1]
@@ -166,3 +178,21 @@ def test_the_plan_for_class():
     third, ninth = f[0, 2], f[0, 8]
     kept, trained = reusable(mine(row[:, :7]), f), loss_positions(row, f).sum()
     assert f"f is {third} and {ninth}, {kept} entries hold, {trained} tokens are trained" in text
+
+
+def test_answers_of_the_test_questions():
+    text = (ROOT / "demos" / "teaching.md").read_text(encoding="utf-8")
+    _, _, text = text.partition("## Six questions")
+    rows = [line.split(" | ") for line in text.splitlines()]
+    answer = {row[0][2:]: row[2] for row in rows if len(row) == 4}
+    row = torch.tensor([[1, 1, 2, 3, 3, 4, 4]])
+    of = {name: MASKS[name] for name in ("causal", "ism", "prefix")}
+    assert answer["1"] == " ".join(map(str, of["ism"](row)[0].tolist()))
+    assert answer["2"] == " ".join(map(str, of["prefix"](row)[0].tolist()))
+    kept = [reusable(mask(row[:, :3]), mask(row[:, :5])) for mask in of.values()]
+    assert answer["3"] == ", ".join(map(str, kept))
+    trained = loss_positions(row, ism(row))[0].nonzero()[:, 0] + 1
+    assert answer["4"] == ", ".join(map(str, trained.tolist()))
+    f = causal(row).clone()
+    f[0, 0] = 7
+    assert answer["6"] == "none" and not loss_positions(row, f).any()
