@@ -292,6 +292,8 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     told = []
     model = faster(stored(model, device, dtype).eval(), tell=told.append)
     chat = Chat(model, tokenizer, MASKS[mask], **settings)
+    if tokenizer.note:
+        chat.notify(tokenizer.note)
     if mask != trained_under:
         learn = f"to read well under {mask} it has to learn it first"
         chat.notify(f"[trained under {trained_under}: {learn}]")

@@ -225,6 +225,8 @@ def begin(s, model=None, splits=None, watch=None):
     # The sizes of the model and its tokenizer: from a published checkpoint, or from the settings.
     if s.init_from:
         tokenizer = hf.load_tokenizer(s.init_from)
+        if tokenizer.note and RANK == 0:
+            print(machine.one_line(tokenizer.note))
         config = hf.read_config(s.init_from, s.block_size)
         check_shape(s)
     else:

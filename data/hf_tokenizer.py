@@ -3,25 +3,23 @@ The tokenizer of a checkpoint folder in the Hugging Face format: a byte-level BP
 and SmolLM2 have it. Ids equal those of Hugging Face tokenizers. Each error is a ValueError of one
 line.
 
-A chat format is a row of LAYOUTS. A folder has one if it has all its special tokens, and if its
-chat template, where there is one, writes them so. The template is not run, since that takes a
-library. Two things are looked up in its text: how an answer is opened, and what system prompt the
-template has of its own.
+A chat format is a row of LAYOUTS. A folder has one if it has all its special tokens. Its chat
+template, where there is one, then says what it writes between them (data/hf_template.py).
 """
 import functools
 import pathlib
 import re
 import unicodedata
 
+from data import hf_template
 from data.hf_config import read_config, read_json
-from data.tokenizer import Tokenizer, read_ranks
+from data.tokenizer import Tokenizer, layout, read_ranks
 
 LAYOUTS = {
     # Qwen and SmolLM2.
-    "chatml": {"begin": "", "header": "<|im_start|>{role}\n", "end": "<|im_end|>", "after": "\n"},
-    "llama3": {"begin": "<|begin_of_text|>",
-               "header": "<|start_header_id|>{role}<|end_header_id|>\n\n", "end": "<|eot_id|>",
-               "after": ""},
+    "chatml": layout("", "<|im_start|>{role}\n", "<|im_end|>", "\n"),
+    "llama3": layout("<|begin_of_text|>", "<|start_header_id|>{role}<|end_header_id|>\n\n",
+                     "<|eot_id|>", ""),
 }
 # How text is split before pairs are merged.
 MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -38,9 +36,6 @@ SYMBOLS |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINT
 # its 256 are never said.
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
                   "<|end_header_id|>": 7, "<|eot_id|>": 9}
-# Jinja, the language of chat templates: a string in a tag, and a tag, be it a comment.
-STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-TAG = re.compile(rf"""(\{{#.*?#\}}|\{{[{{%](?:{STRING.pattern}|[^'"])*?[}}%]\}})""", re.DOTALL)
 UNKNOWN = ("is not a byte-level BPE as LLaMA 3, Qwen and SmolLM2 have it; "
            "SentencePiece tokenizers are not supported")
 
@@ -95,6 +90,9 @@ def read_tokenizer_json(path):
             pass
         case _:
             raise ValueError(f"{path} {UNKNOWN}")
+    for option in ("end_of_word_suffix", "continuing_subword_prefix", "dropout"):
+        if model.get(option):
+            raise ValueError(f"{path}: {option} = {model[option]} is not supported")
     kinds = normalizers(normalizer)
     if {*kinds} - {"NFC"}:
         raise ValueError(f"{path}: the normalizer {', '.join(kinds)} is not supported, only NFC")
@@ -145,63 +143,33 @@ def read_template(folder):
     return template or ""
 
 
-def pieces(template):
-    r"""What a chat template writes in one piece each: the texts between its tags, {{ ... }} and
-    {% ... %}, and the strings within them. A list."""
-    parts = TAG.split(template)  # at odd places a tag, at even ones the text between two
-    found = []
-    for i in range(0, len(parts), 2):
-        text = parts[i]
-        # "-" at the edge of a tag takes away the white space beside it.
-        if i > 0 and parts[i - 1][-3] == "-":
-            text = text.lstrip()
-        if i + 1 < len(parts) and parts[i + 1][2] == "-":
-            text = text.rstrip()
-        found.append(text)
-    escaped = {"n": "\n", "t": "\t"}  # what a string has as \n; any other character is itself
-    for tag in parts[1::2]:
-        for string in STRING.findall(tag):
-            found.append(re.sub(r"\\(.)", lambda c: escaped.get(c[1], c[1]), string[1:-1]))
-    return found
-
-
 def special_tokens(layout):
     """The special tokens of a chat format, a list."""
-    return re.findall(r"<\|\w+\|>", "".join(layout.values()))
+    return list(dict.fromkeys(re.findall(r"<\|\w+\|>", "".join(layout.values()))))
 
 
-def choose_layout(path, special, written):
+def choose_layout(path, special):
     """The name in LAYOUTS of the chat format of a tokenizer with these special tokens.
 
-    written: what the folder's template writes, if it has one. ValueError if it is none of them.
+    ValueError if it is none of them.
     """
     needed = {name: special_tokens(layout) for name, layout in LAYOUTS.items()}
-    names = [name for name in LAYOUTS if {*needed[name]} <= special]
-    if not names:
-        known = "; ".join(f"{name} has {', '.join(tokens)}" for name, tokens in needed.items())
-        raise ValueError(f"{path} lacks a special token of each known chat format: {known}")
-    for name in names:
-        opening = LAYOUTS[name]["header"].format(role="assistant")
-        opens = any(opening in text for text in written)
-        ends = any(LAYOUTS[name]["end"] in text for text in written)
-        if not written or opens and ends:
+    for name in LAYOUTS:
+        if {*needed[name]} <= special:
             return name
-    raise ValueError(f"{path}: the folder's chat template does not write what its special tokens "
-                     f"tell, the format {' or '.join(names)}; other formats are not supported")
+    known = "; ".join(f"{name} has {', '.join(tokens)}" for name, tokens in needed.items())
+    raise ValueError(f"{path} lacks a special token of each known chat format: {known}")
 
 
-def default_system(written, layout):
-    """The system prompt that a chat template writes where a dialogue has none; "" is none.
-
-    It is the text between a system header and its end, where all that is one piece. What a template
-    puts together (LLaMA 3.1's has the date in it) is not found.
-    """
-    for text in written:
-        _, header, behind = text.partition(layout["header"].format(role="system"))
-        prompt, end, _ = behind.partition(layout["end"])
-        if header and end:
-            return prompt
-    return ""
+def named_tokens(folder):
+    """The special tokens that a template knows by name: pairs as ("bos_token", "<s>"), a tuple."""
+    named = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        held = read_json(folder / name) if (folder / name).exists() else {}
+        for key, token in held.items():
+            if key.endswith("_token"):
+                named[key] = token["content"] if isinstance(token, dict) else token
+    return tuple((key, token) for key, token in named.items() if isinstance(token, str | None))
 
 
 def one_error(read):
@@ -219,7 +187,11 @@ def one_error(read):
 def load_tokenizer(folder):
     """The Tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt, or LLaMA 3's
     tokenizer.model. ValueError for SentencePiece and for what is not supported."""
-    return Tokenizer(*read_tokenizer(pathlib.Path(folder)))
+    arguments, written, note = read_tokenizer(pathlib.Path(folder))
+    tokenizer = Tokenizer(*arguments)
+    note = note or hf_template.difference(tokenizer, written)
+    tokenizer.note = note and f"[the chat template of {folder} {note}]"
+    return tokenizer
 
 
 @one_error
@@ -249,11 +221,23 @@ def read_tokenizer(folder):
                          f"but config.json's vocab_size is {vocab_size}")
     # 2. The chat format. A token that a text can spell is none of its special ones: an ordinary
     # token may be added too, "!" for padding say.
-    template = read_template(folder)
-    written = pieces(template) if template else []
     special = {token for token in added if token.encode() not in ranks}
-    name = choose_layout(path, special, written)
-    layout = LAYOUTS[name]
+    name = choose_layout(path, special)
+    layout, default_system, written, note = LAYOUTS[name], "", [], ""
+    template = read_template(folder)
+    if template:
+        named = {"bos_token": layout["begin"], **dict(named_tokens(folder))}
+        try:
+            written = hf_template.run(template, tuple(sorted(named.items())))
+        except ValueError as error:
+            note = f"{error}; chats are laid out as {name} has it"
+    if written:
+        try:
+            layout, default_system = hf_template.read_layout(layout, written)
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}: the folder's chat template does not write what its special "
+                             f"tokens tell, the format {name}; other formats are not supported"
+                             ) from None
     # 3. Those that a text may spell. The format's are none of them, whatever the file says of them.
     spoken = [token for token, (_, special) in added.items()
               if not special and token not in special_tokens(layout)]
@@ -262,5 +246,5 @@ def read_tokenizer(folder):
         ranks.setdefault(bytes([byte]), vocab_size + byte)
     ids = {token: i for token, (i, _) in added.items()}
     normalize = functools.partial(unicodedata.normalize, "NFC") if nfc else str
-    system = default_system(written, layout)
-    return name, ranks, pattern, ids, layout, spoken, normalize, vocab_size, system
+    arguments = (name, ranks, pattern, ids, layout, spoken, normalize, vocab_size, default_system)
+    return arguments, written, note

@@ -37,7 +37,13 @@ ROLES = ("system", "user", "assistant")
 LONGEST_RUN = 1000
 RUN = re.compile(r"\s+|\d+|[^\W\d_]+|(?:[^\w\s]|_)+")
 # What begins a dialogue, opens a message, ends it, and stands before the next message's header.
-LAYOUT = {"begin": "", "header": "<|{role}|>", "end": "<|end|>", "after": ""}
+def layout(begin, header, end, after):
+    """The strings around the texts of a dialogue; header has {role} in it. A dict."""
+    return {"begin": begin, **{role: header.format(role=role) for role in ROLES},
+            "end": end, "after": after}
+
+
+LAYOUT = layout("", "<|{role}|>", "<|end|>", "")
 
 
 class Tokenizer:
@@ -61,7 +67,7 @@ class Tokenizer:
         if ranks is None:
             ranks, pattern, others = load_named(name)
             n = max([*ranks.values(), *others.values()]) + 1
-            added = [layout["header"].format(role=role) for role in ROLES] + [layout["end"]]
+            added = [layout[role] for role in ROLES] + [layout["end"]]
             special = {**others, **{token: n + i for i, token in enumerate(added)}}
         check_encoding(name, ranks, special)
         self.encoding = tiktoken.Encoding(
@@ -69,6 +75,8 @@ class Tokenizer:
         )
         self.normalize, self.spoken = normalize, set(spoken)
         self.default_system = default_system
+        self.trim = False  # whether spaces around a text are left out
+        self.note = ""  # a line on what a folder's chat template writes otherwise
         # It looks for no special token, which takes half of the time where none may be spoken.
         self.encode_part = self.encoding.encode_ordinary
         if spoken:
@@ -79,7 +87,14 @@ class Tokenizer:
         def fixed(text):
             return self.encoding.encode(text, allowed_special="all")
 
-        self.openings = {role: fixed(layout["header"].format(role=role)) for role in ROLES}
+        self.openings = {role: fixed(layout[role]) for role in ROLES}
+        # What of an opening stands behind its last special token is encoded with the text, since
+        # a tokenizer may merge the two.
+        self.split = {}
+        for role in ROLES:
+            n = max((layout[role].rfind(token) + len(token) for token in special
+                     if token in layout[role]), default=0)
+            self.split[role] = fixed(layout[role][:n]), layout[role][n:]
         self.headers = {role: tokens[0] for role, tokens in self.openings.items()}
         self.begin, self.after = fixed(layout["begin"]), fixed(layout["after"])
         self.end = self.encoding.encode_single_token(layout["end"])
@@ -107,16 +122,18 @@ class Tokenizer:
         """
         tokens = []
         for message in messages:
-            tokens += self.openings[message["role"]]
-            tokens += self.encode(message["content"])
-            tokens += [self.end, *self.after]
+            opening, rest = self.split[message["role"]]
+            text = message["content"]
+            if self.trim and text != self.default_system:
+                text = text.strip()
+            tokens += [*opening, *self.encode(rest + text), self.end, *self.after]
         if header:
             tokens += self.openings["assistant"]
         return tokens
 
     def encode_answer(self, text):
         """An answer's text -> the tokens of the answer segment, which ends with <|end|>."""
-        return self.encode(text) + [self.end]
+        return self.encode(text.strip() if self.trim else text) + [self.end]
 
     def encode_dialogue(self, messages):
         """[{"role": ..., "content": ...}, ...] -> (tokens, segments), two lists of one length.

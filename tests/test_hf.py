@@ -806,11 +806,14 @@ TOKENIZER_ERRORS = {
     "no chat": (edit(lambda t: t.update(added_tokens=[])), NO_FORMAT),
     "no header": (edit(lambda t: t["added_tokens"].pop(1)), NO_FORMAT),
     "spelled": (edit(spell("<|im_end|>")), NO_FORMAT),
-    "other template": (template("<|im_start|>assistant<|im_sep|>{{ m.content }}<|im_end|>"), OTHER),
-    "no end": (template("<|im_start|>assistant\n{{ m.content }}</s>"), OTHER),
-    "cut line": (template("{% if g %}<|im_start|>assistant\n{%- endif %}<|im_end|>"), OTHER),
+    "other template": (template("<|im_start|>assistant<|im_sep|><|im_end|>"), OTHER),
+    "no end": (template("<|im_start|>{{ messages[0].content }}</s>"), OTHER),
+    "no start": (template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"), OTHER),
     "no template": (template(5), "chat_template must be a text, not 5"),
     "damaged": (edit(lambda t: t.pop("model")), "is not a byte-level BPE"),
+    "suffix": (edit(lambda t: t["model"].update(end_of_word_suffix="</w>")), "end_of_word_suffix"),
+    "prefix": (edit(lambda t: t["model"].update(continuing_subword_prefix="#")), "subword_prefix"),
+    "dropout": (edit(lambda t: t["model"].update(dropout=0.1)), "dropout"),
 }
 
 

@@ -15,7 +15,8 @@ from conftest import ROOT
 from test_chat import run
 from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
-from data.hf import from_pretrained, save_pretrained
+from data import hf_template
+from data.hf import from_pretrained, load_tokenizer, save_pretrained
 from mask import MASKS, dense
 from sample import go_on, load_chat
 
@@ -185,6 +186,60 @@ def test_a_chat_is_the_template(kind, tmp_path):
             asked = template(messages + [query], True)
             chat.send(query["content"])
             assert chat.layout()[0][: len(asked)] == asked
+
+
+# Name: a template that a look at its text would misread, and words of the line on what it writes
+# otherwise; None if a chat is what it writes.
+OPENED = "<|im_start|>assistant\n{% endif %}"
+WRITTEN = {
+    "a beginning": ("{{ bos_token }}" + CHATML, None),
+    "set": ("{% set s = 'Be good.' %}" + BARE.replace("SYSTEM", "{{ s }}"), None),
+    "plus": (BARE.replace("SYSTEM", "{{ 'Be ' + 'good.' }}"), None),
+    "escaped": (BARE.replace("SYSTEM", r"{{ 'Be \u0067ood.' }}"), None),
+    "for tools": ("{% if tools %}<|im_start|>system\nx<|im_end|>\n{% endif %}" + CHATML, None),
+    "in a comment": ("{# <|im_start|>system\nx<|im_end|>\n #}" + CHATML, None),
+    "no line break": (CHATML.replace("<|im_end|>\n", "<|im_end|>"), None),
+    "human": (CHATML.replace("m.role", "{'user': 'human'}.get(m.role, m.role)"), None),
+    "trim": (CHATML.replace("m.content", "m.content | trim"), None),
+    "in pieces": (CHATML.replace(OPENED, "{{ '<|im_start|>' + 'assistant\n' }}{% endif %}"), None),
+    "think": (CHATML.replace(OPENED, OPENED.replace("{%", "<think>\n{%")), "here it is '<think>"),
+    "thoughts": (CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip('\n')"),
+                 "thoughts in an answer"),
+    "no system": ("{{ raise_exception('no') if messages[0].role == 'system' }}" + CHATML,
+                  "refuses a dialogue with a system prompt"),
+    "endless": ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+                "was stopped"),
+    "endless text": ("{% set x = 'x' * 10 ** 11 %}", "MemoryError"),
+    "long text": ("{{ 'x' * 10 ** 6 }}", "too long"),
+    "no sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    "no Jinja": (CHATML, "read and not run"),
+}
+
+
+def test_a_template_is_obeyed_or_a_line_tells_what_is_other(tmp_path, monkeypatch):
+    fast = make_folder("smollm2", tmp_path)
+    fast.bos_token = "<|endoftext|>"
+    for name, (template, words) in WRITTEN.items():
+        monkeypatch.setattr(hf_template, "SECONDS", 2 if name == "endless" else 60)
+        if name == "no Jinja":
+            missing = "import sys; sys.modules['jinja2'] = None\n" + hf_template.PROGRAM
+            monkeypatch.setattr(hf_template, "PROGRAM", missing)
+            hf_template.run.cache_clear()
+        config = {"chat_template": template, "bos_token": "<|endoftext|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        ours = load_tokenizer(tmp_path)
+        if words:
+            assert words in ours.note, name
+            continue
+        assert ours.note == "", name
+        fast.chat_template = template
+        rng = random.Random(name)
+        for system in ([], [{"role": "system", "content": "Be kind."}]):
+            roles = "user", "assistant", "user", "assistant", "user"
+            messages = system + [{**user(rng), "role": role} for role in roles]
+            messages[-1]["content"] = "  spaces  before a text \n"
+            asked = fast.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            assert ours.encode_dialogue(messages)[0] == asked
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
