@@ -172,7 +172,7 @@ class Tokenizer:
 
 
 # The checksum of PATTERN and LAYOUT that the models were trained with that do not name it.
-USUAL = 0xF0B3BCB1
+USUAL = 0x3FA08097
 
 
 def edited(layout):
