@@ -27,6 +27,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+if sys.version_info < (3, 10):  # below, `match` would be a SyntaxError
+    sys.exit("nanoISM needs Python 3.10 or newer; this is " + platform.python_version())
+
 # --- the command line ---------------------------------------------------------------------------
 
 
