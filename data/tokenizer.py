@@ -11,24 +11,24 @@ Other layouts differ in their strings alone. They may have tokens that begin the
 tokens between an answer's <|end|> and the next header (data/hf_tokenizer.py has those of LLaMA 3
 and ChatML).
 
-The default encoding is built from `data/ranks.tiktoken`, which `python -m data.tokenizer` makes:
-256 bytes, merges of them that are frequent in names, and the commonest words of the synthetic
-dialogues. Names are not among those words, so that each is cut into pieces. A name that was never
-trained on is then made of the same pieces as all others, and can be copied. Nothing is downloaded.
+The default encoding is built from `data/ranks.tiktoken`: 256 bytes, merges of them that are
+frequent in names, and the words of `data/whole_words.txt`, which were the commonest of the
+synthetic dialogues when models were first trained. Names are not among those words, so that each is
+cut into pieces. A name that was never trained on is then made of the same pieces as all others, and
+can be copied. Nothing is downloaded. `python -m data.tokenizer FILE` makes the ranks anew.
 """
 import base64
 import collections
 import functools
 import pathlib
-import random
 import re
 import zlib
 
 import tiktoken
 
 RANKS = pathlib.Path(__file__).parent / "ranks.tiktoken"
+WHOLE_WORDS = RANKS.with_name("whole_words.txt")
 N_PIECES = 480  # bytes and merges
-N_RANKS = 1276  # these and whole words; with the four special tokens 1,280
 # One token a digit. Runs are bounded, so that no text takes more than linear time to encode.
 PATTERN = r" ?\p{N}| ?\p{L}{1,24}| ?[^\s\p{L}\p{N}]{1,8}|\s{1,8}"
 ROLES = ("system", "user", "assistant")
@@ -274,34 +274,27 @@ def train_ranks(text, n):
     return ranks
 
 
-def add_words(ranks, text, n, leave_out):
-    """Add the commonest words of a text to the ranks, up to n in all, and none of `leave_out`.
-
-    Nor a word of two small letters: within a name it would be taken for a piece of it.
-    """
-    for word, _ in collections.Counter(pieces(text)).most_common():
-        short = len(word) < 3 and word == word.lower().strip()
-        if len(ranks) < n and not short and word.strip().lower() not in leave_out:
-            ranks.setdefault(word.encode(), len(ranks))
-
-
-if __name__ == "__main__":
-    from data.dialogues import FAMILIES
-    from data.words import CITIES, NAMES, NEW_CITIES, NEW_NAMES, Words
+def make_ranks():
+    """The ranks of the default encoding: {bytes: rank}."""
+    from data.words import CITIES, NAMES
 
     # The merges come from names alone: behind a space and not, with a capital and without.
     names = NAMES + CITIES
     ranks = train_ranks("\n".join([" ".join(names), " ".join(names).lower(), *names]), N_PIECES)
-    # All other words are whole. Each family is counted alike, in small letters too, as some people
-    # type. The few names of one split stand for all, and are left out.
-    rng, lines = random.Random(1), []
-    for _, family in FAMILIES.values():
-        for _ in range(3000):
-            for query, answer in family(rng, Words(rng, "new_words")):
-                lines += [query, query.lower(), answer]
-    text = "\n".join(lines)
-    add_words(ranks, text, N_RANKS, {word.lower() for word in NEW_NAMES + NEW_CITIES})
-    lines = [base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()]
-    RANKS.write_bytes(b"".join(lines))
-    length = len(text.encode()) / len(Tokenizer().encoding.encode_ordinary(text))
-    print(f"{RANKS.name}: {len(ranks)} ranks, {length:.2f} bytes a token")
+    # All other words are whole.
+    for word in WHOLE_WORDS.read_text(encoding="utf-8").splitlines():
+        ranks[word.encode()] = len(ranks)
+    return ranks
+
+
+if __name__ == "__main__":
+    from data import machine
+
+    with machine.errors_in_one_line("close other programs"):
+        parser = machine.Parser("Make the ranks of the default encoding.")
+        parser.add_argument("out", help="the file to write")
+        out = pathlib.Path(parser.parse_args().out)
+        lines = [base64.b64encode(token) + f" {i}\n".encode() for token, i in make_ranks().items()]
+        out.write_bytes(b"".join(lines))
+        same = "equal to" if out.read_bytes() == RANKS.read_bytes() else "not those of"
+        print(f"{out}: {len(lines)} ranks, {same} {RANKS.name}, by which models were trained")

@@ -280,6 +280,8 @@ def convert(path, out, dtype):
         write_folder(path, partial, dtype)
         partial.rename(out)
     except ValueError as error:  # it may name a file that was made of this one, and is removed
+        if not machine.for_the_user(error):
+            raise
         raise ValueError(str(error).replace(str(partial), str(path))) from None
     except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None

@@ -6,6 +6,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from data import talk
 from data.checkpoint import load_checkpoint
 from data.dialogues import FAMILIES, deal, generate, split_of
 from data.loader import Split, prepare, read_splits
-from data.tokenizer import LAYOUT, PATTERN, Tokenizer, add_words, train_ranks
+from data.tokenizer import LAYOUT, PATTERN, RANKS, Tokenizer, train_ranks
 from data.words import CITIES, FINAL_CITIES, FINAL_NAMES, HELD_OUT, NAMES, NEW_CITIES, NEW_NAMES
 from mask import MASKS, loss_positions
 
@@ -422,10 +424,13 @@ def test_train_ranks_merges_the_most_frequent_pair():
     assert list(ranks)[256] in (b"ab", b" a") and len(ranks) == 258
 
 
-def test_the_commonest_words_are_added_but_for_what_may_be_a_piece_of_a_name():
-    ranks = train_ranks("", 256)
-    add_words(ranks, "dog of Of. is Anna anna dog dog cat is", 259, {"anna"})
-    assert list(ranks)[256:] == [b" is", b" dog", b"dog"]
+def test_the_ranks_are_made_as_they_are_committed(tmp_path):
+    out = tmp_path / "ranks.tiktoken"
+    before = RANKS.read_bytes()
+    done = subprocess.run([sys.executable, "-m", "data.tokenizer", str(out)], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert out.read_bytes() == before == RANKS.read_bytes()
+    assert "1276 ranks, equal to ranks.tiktoken" in done.stdout
 
 
 @pytest.mark.parametrize("name", MASKS)
