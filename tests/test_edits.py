@@ -213,6 +213,14 @@ def test_without_an_edit_all_is_faster_and_nothing_said():
     assert model.choose_attention is whole.fastest_attention
 
 
+def test_dropout_in_a_block_that_is_computed_again_is_the_same():
+    whole = load("model", edited("model", *MODEL["dropout in a block"]))
+    given = torch.arange(60)[None] * 7 % 40, ism(torch.arange(60)[None] // 9 + 1), torch.float32
+    wanted, again = outcomes(gpt(whole), *given), gpt(whole)
+    whole.recompute_blocks(again)
+    assert alike(outcomes(again, *given), wanted, 1e-5)
+
+
 def test_a_layer_that_mixes_the_row_beside_the_cache_is_told():
     whole, said = load("model", edited("model", "return self.down(", "return self.down(x.mean(1, "
         "keepdim=True).sigmoid().mean() * ")), []
