@@ -5,7 +5,7 @@ Notable features:
 - the mask is a vector f (see mask.py): row j may attend to the first f[j] tokens
 - RMSNorm, rotary positions, SwiGLU, grouped-query attention, optional biases, norms on queries
   and keys, tied embeddings, token shift: by its config alone the same class is a GPT, a LLaMA or a
-  Qwen (data/hf.py loads their weights)
+  Qwen (data/hf/ loads their weights)
 - nothing here knows about text or dialogues
 
 The letters in the shapes: B dialogues, n new tokens, S tokens in all, C = n_embd, H heads (Hkv of

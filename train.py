@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.dialogues import FAMILIES
+from data.synthetic import FAMILIES
 from mask import MASKS, loss_positions
 
 

@@ -17,10 +17,10 @@ from array import array
 import numpy as np
 import torch
 
-from data import dialogues
 from data.chats import read_chats
 from data.checkpoint import make_folder
 from data.machine import Bar
+from data.synthetic import FAMILIES, deal
 from mask import one_pass
 
 SPLITS = "train", "val", "test", "new_words"
@@ -32,12 +32,12 @@ A_DAY = 86400  # seconds
 
 
 def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, skip_bad=False,
-            families=tuple(dialogues.FAMILIES)):
+            families=tuple(FAMILIES)):
     """Write the splits to a cache, unless they are there already, and return their folder.
 
     data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families, mixed
-    as data/dialogues.py says. Dialogues longer than block_size are cut after the last answer that
-    fits; those without one are left out. ValueError for a bad file, or if none is left.
+    as `deal` says. Dialogues longer than block_size are cut after the last answer that fits; those
+    without one are left out. ValueError for a bad file, or if none is left.
     """
     if data and os.path.exists(data) and not os.path.isfile(data):
         raise ValueError(f"--data {data} is no file that can be read twice, as a pipe or a folder "
@@ -156,7 +156,7 @@ class Encoder:
 def synthetic_splits(encode, n_dialogues, seed, mixed, families):
     """{split: rows}, a row (tokens, segments, family). ValueError if one has none."""
     sizes = {split: min(SIZES.get(split, n_dialogues), n_dialogues) for split in SPLITS}
-    found = dialogues.deal(sizes, seed, families, mixed)
+    found = deal(sizes, seed, families, mixed)
     rows = {split: [] for split in SPLITS}
     total = sum(sizes.values())
     for split, dialogue in Bar(found, "prepare", total, unit=" dialogues", leave=False):

@@ -3,8 +3,8 @@ How many whole answers are exactly right: by family of dialogues, by turn, and t
 """
 import numpy as np
 
-from data.dialogues import PATTERNS
-from data.words import NEW_CITIES, NEW_NAMES
+from data.synthetic import PATTERNS
+from data.synthetic.words import NEW_CITIES, NEW_NAMES
 
 
 def summary(split, answers):

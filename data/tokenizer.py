@@ -8,7 +8,7 @@ A query is given to the model, and its segment has an odd number. An answer is w
 and its segment has an even number.
 
 Other layouts differ in their strings alone. They may have tokens that begin the dialogue, and
-tokens between an answer's <|end|> and the next header (data/hf_tokenizer.py has those of LLaMA 3
+tokens between an answer's <|end|> and the next header (data/hf/tokenizer.py has those of LLaMA 3
 and ChatML).
 
 The default encoding is built from `data/ranks.tiktoken`: 256 bytes, merges of them that are
@@ -276,7 +276,7 @@ def train_ranks(text, n):
 
 def make_ranks():
     """The ranks of the default encoding: {bytes: rank}."""
-    from data.words import CITIES, NAMES
+    from data.synthetic.words import CITIES, NAMES
 
     # The merges come from names alone: behind a space and not, with a capital and without.
     names = NAMES + CITIES

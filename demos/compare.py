@@ -9,7 +9,7 @@ Both masks get the same dialogues, seeds and steps of LoRA, and each the better 
 dialogues are of three kinds, each asked apart:
 
     question last   lists and facts, told before it is known what will be asked about them
-    dialogues       those of data/dialogues.py
+    dialogues       those of data/synthetic/families.py
     gsm8k           sums told as a story, with a worked answer (Cobbe et al., 2021); masks are
                     compared problem by problem
 
@@ -33,11 +33,11 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import hf, machine
-from data.dialogues import generate, listed
 from data.loader import Encoder, Split, write_split
 from data.machine import setting
 from data.scores import summary
-from data.words import FOODS, NAMES, Random
+from data.synthetic.families import generate, listed
+from data.synthetic.words import FOODS, NAMES, Random
 from demos.finetune import Finetune, finetune
 from demos.output import (
     add_run,

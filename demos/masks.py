@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import machine
 from data.checkpoint import write_json
-from data.dialogues import generate
 from data.machine import setting
+from data.synthetic import generate
 from data.tokenizer import Tokenizer
 from demos.output import check_masks, check_writable, picture, plt, save, table
 from mask import MASKS, loss_positions, one_pass, reusable

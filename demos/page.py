@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import machine
-from data.dialogues import generate
 from data.machine import setting
+from data.synthetic import generate
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
 from sample import load_chat

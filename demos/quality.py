@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
 from data.checkpoint import load_checkpoint
-from data.dialogues import generate
 from data.machine import setting
+from data.synthetic import generate
 from demos.output import (
     add_run,
     by_group,

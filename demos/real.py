@@ -22,8 +22,9 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from data import machine
-from data.hf import checkpoint_parts, load_tokenizer, meta_model, read_config, write_safetensors
-from data.hf_tokenizer import LLAMA3, QWEN
+from data.hf import load_tokenizer, read_config
+from data.hf.tokenizer import LLAMA3, QWEN
+from data.hf.weights import checkpoint_parts, meta_model, write_safetensors
 
 try:
     import gguf

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
-from data.dialogues import generate
 from data.machine import setting
+from data.synthetic import generate
 from demos.compare import gsm8k, question_last
 from demos.output import check_writable, color, dashes, picture, plt, save, table
 from mask import MASKS, causal, ism

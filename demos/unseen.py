@@ -2,7 +2,7 @@
 What a model does with what nobody trained it on, and no setting was chosen on.
 
 1. Names and cities: how many answers that need one are right, word for word, in dialogues whose
-   names are FINAL_NAMES and FINAL_CITIES of data/words.py.
+   names are FINAL_NAMES and FINAL_CITIES of data/synthetic/words.py.
 2. The questions in data/unseen_questions.txt, each in a chat of its own: general knowledge, code,
    other languages, typing errors and so on. How many answers end by themselves, and how many say
    that this was not taught.
@@ -18,9 +18,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
-from data.dialogues import FACTS, PATTERNS, capital, generate, typed
-from data.talk import UNKNOWN
-from data.words import FINAL_CITIES, FINAL_NAMES
+from data.synthetic.families import FACTS, PATTERNS, capital, generate, typed
+from data.synthetic.talk import UNKNOWN
+from data.synthetic.words import FINAL_CITIES, FINAL_NAMES
 from sample import load_chat
 
 QUESTIONS = ROOT / "data" / "unseen_questions.txt"

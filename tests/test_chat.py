@@ -1,72 +1,20 @@
 """Chat: its cache equals one fresh forward after every turn, and it survives what people type."""
 
 import random
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import TOKENIZER, check_cache, make_chat, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample as sample_module
 import train as train_module
 from data.machine import printable
-from data.tokenizer import Tokenizer
-from mask import MASKS, reusable
-from model import GPT, GPTConfig, faster, sdpa
-from sample import Chat, go_on, sample
-
-TOKENIZER = Tokenizer()
-
-
-def make_chat(mask="ism", block_size=128, seed=0, token_shift=True, **settings):
-    torch.manual_seed(seed)
-    config = GPTConfig(
-        vocab_size=TOKENIZER.vocab_size,
-        block_size=block_size,
-        n_layer=2,
-        n_head=2,
-        n_kv_head=1,
-        n_embd=32,
-        n_hidden=48,
-        token_shift=token_shift,
-    )
-    model = GPT(config)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    settings = {"max_new_tokens": 12, "temperature": 1.0, **settings}
-    return Chat(model, TOKENIZER, MASKS[mask], **settings)
-
-
-@torch.no_grad()
-def check_cache(chat):
-    """The cache gives what one fresh forward over the whole dialogue gives.
-
-    After the turn, and for the next query.
-    """
-
-    def check(tokens, f, keep):
-        tokens = torch.tensor([tokens])
-        whole, chat.cache.length = chat.model(tokens, f)[0, -1], keep
-        cached = chat.model(tokens[:, keep:], f[:, keep:], chat.cache)[0, -1]
-        assert torch.allclose(cached, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
-
-    tokens, segments = chat.layout()
-    n = len(tokens)
-    assert chat.cache.length == n <= chat.size and tokens[-1] == TOKENIZER.end
-    assert torch.equal(chat.f, chat.mask(torch.tensor([segments])))
-    check(tokens, chat.f, n - 1)
-    query = TOKENIZER.encode_given([{"role": "user", "content": "so?"}])
-    if n + len(query) > chat.size:
-        return
-    f = chat.mask(torch.tensor([segments + [segments[-1] + 1] * len(query)]))
-    keep = reusable(chat.f, f)
-    check(tokens + query, f, keep)
-    if keep < n:  # what was written over has to be restored for the next turn
-        check(tokens, chat.f, 0)
-    chat.cache.length = n
+from mask import MASKS
+from model import faster, sdpa
+from sample import go_on, sample
 
 
 def sessions(count):
@@ -335,25 +283,8 @@ def test_printable():
     assert printable("a\x1b[31m\x07é\n") == "a\ufffd[31m\ufffdé\n"
 
 
-def peak_memory():
-    """The most memory that this process ever had, in MB. On Linux and macOS alone."""
-    import resource
-
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes, Linux kB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def run(*arguments, timeout=300, **options):
-    """A command of the project, as a user gives it; the timeout allows for a busy machine."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=timeout,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(

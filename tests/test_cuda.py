@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import VARIANTS, make_model, random_dialogue
 from test_edges import OnCpu
-from test_model import VARIANTS, decoded, dialogue, make
+from test_model import decoded
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
@@ -114,8 +115,8 @@ def other_layout(function):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_a_kernel_may_lay_its_result_out_as_it_likes(monkeypatch, variant):
-    tokens, segments = dialogue(random.Random(0), turns=8)
-    f, model = ism(segments), make(variant)
+    tokens, segments = random_dialogue(random.Random(0), turns=8)
+    f, model = ism(segments), make_model(variant)
     model.choose_attention = fastest_attention
     expected = model(tokens, f)[0]  # (T, V)
     monkeypatch.setattr(
@@ -157,7 +158,7 @@ def test_blocks_compile_whole(monkeypatch, checkpointing):
         torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
     monkeypatch.setattr(model_module, "short", lambda S: False)
     torch._dynamo.reset()
-    model, plain = make("llama", n_layer=2), make("llama", n_layer=2)
+    model, plain = make_model("llama", n_layer=2), make_model("llama", n_layer=2)
     for m in (model, plain):
         m.choose_attention = fastest_attention
     compile_blocks(model)

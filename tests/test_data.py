@@ -12,16 +12,25 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import SPECIAL, line_of_chat, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.loader as loader
-from data import talk
 from data.checkpoint import load_checkpoint
-from data.dialogues import FAMILIES, deal, generate, split_of
 from data.loader import Split, prepare, read_splits
+from data.synthetic import talk
+from data.synthetic.families import FAMILIES, deal, generate, split_of
+from data.synthetic.words import (
+    CITIES,
+    FINAL_CITIES,
+    FINAL_NAMES,
+    HELD_OUT,
+    NAMES,
+    NEW_CITIES,
+    NEW_NAMES,
+)
 from data.tokenizer import LAYOUT, PATTERN, RANKS, Tokenizer, train_ranks
-from data.words import CITIES, FINAL_CITIES, FINAL_NAMES, HELD_OUT, NAMES, NEW_CITIES, NEW_NAMES
 from mask import MASKS, loss_positions
 
 TOKENIZER = Tokenizer()
@@ -382,7 +391,6 @@ def test_every_byte_is_a_token_and_digits_are_single():
     assert all(len(TOKENIZER.encoding.encode_ordinary(str(10**n))) == n + 1 for n in range(12))
 
 
-SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
 @settings(max_examples=300, deadline=None)
@@ -527,26 +535,10 @@ def test_where_the_cache_goes_that_cannot_be_beside_the_code(cache, monkeypatch)
         prepare(TOKENIZER, 256, n_dialogues=9)
 
 
-def write(path, lines):
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(path)
 
 
-def chat(n, words="hello"):
-    query = {"role": "user", "content": f"{words} {n}"}
-    answer = {"role": "assistant", "content": f"yes {n}"}
-    return json.dumps({"messages": [query, answer]})
 
 
-def random_chats(n, most):
-    """n chats of one to three turns, a line each; up to `most` times "hello" in a query."""
-    rng, lines = random.Random(0), []
-    for number in range(n):
-        messages = []
-        for _ in range(rng.randint(1, 3)):
-            messages += json.loads(chat(number, "hello " * rng.randint(1, most)))["messages"]
-        lines.append(json.dumps({"messages": messages}))
-    return lines
 
 
 @pytest.mark.parametrize(
@@ -563,7 +555,7 @@ def random_chats(n, most):
     ],
 )
 def test_a_bad_line_is_reported_by_its_number(cache, line):
-    path = write(cache / "chats.jsonl", [chat(n) for n in range(4)] + [line])
+    path = write_lines(cache / "chats.jsonl", [line_of_chat(n) for n in range(4)] + [line])
     with pytest.raises(ValueError, match="chats.jsonl, line 5") as error:
         prepare(TOKENIZER, 64, data=path)
     assert "\n" not in str(error.value)
@@ -574,9 +566,9 @@ def test_long_dialogues_are_cut_at_the_end_of_an_answer(cache, capsys):
     roles = ("user", "assistant") * 6
     long = [{"role": role, "content": "a b c d e f g h"} for role in roles]
     none = [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
-    lines = [chat(n) for n in range(30)]
+    lines = [line_of_chat(n) for n in range(30)]
     lines += [json.dumps({"messages": messages}) for messages in (long, none)]
-    path = write(cache / "chats.jsonl", lines)
+    path = write_lines(cache / "chats.jsonl", lines)
     folder = prepare(TOKENIZER, 64, data=path)
     assert "1 dialogues were cut" in capsys.readouterr().out
     for split in read_splits(folder).values():
@@ -588,12 +580,12 @@ def test_dialogues_without_an_answer_are_left_out(cache, capsys):
     """A batch of them would have no loss, and a mean over nothing is NaN."""
     queries = [{"role": "user", "content": f"Anyone? {n}"} for n in range(40)]
     alone = [json.dumps({"messages": [query]}) for query in queries]
-    path = write(cache / "chats.jsonl", alone + [chat(n) for n in range(20)])
+    path = write_lines(cache / "chats.jsonl", alone + [line_of_chat(n) for n in range(20)])
     folder = prepare(TOKENIZER, 64, path)
     assert len(read_splits(folder)["train"].families) == 20
     assert "40 had no answer that fits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no dialogue with an answer that fits"):
-        prepare(TOKENIZER, 64, write(cache / "alone.jsonl", alone))
+        prepare(TOKENIZER, 64, write_lines(cache / "alone.jsonl", alone))
 
 
 def test_sharegpt_and_tools_are_the_same_chats(tmp_path):

@@ -21,10 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from test_chat import TOKENIZER, check_cache, make_chat
-from test_data import chat as line_of_chat
-from test_finetune import make_folder
-from test_model import exact_attention
+from helpers import TOKENIZER, check_cache, exact_attention, line_of_chat, make_chat, make_folder
 from torch.overrides import TorchFunctionMode
 
 import data.loader as loader

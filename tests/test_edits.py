@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT
-from test_train import TINY
+from helpers import TINY
 
 import train
 from data.tokenizer import Tokenizer

@@ -16,16 +16,17 @@ from datetime import timedelta
 
 import pytest
 import torch
+from helpers import TOKENIZER, make_chat, peak_memory, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("resource", reason="it counts memory on Linux and macOS")
-from test_chat import TOKENIZER, make_chat, peak_memory, run
 
 import data.tokenizer
 from data.chats import read_chats
 from data.checkpoint import load_checkpoint, load_state, restore, save_checkpoint
-from data.hf import SYMBOLS, from_pretrained, load_tokenizer
+from data.hf import from_pretrained, load_tokenizer
+from data.hf.tokenizer import SYMBOLS
 from data.machine import one_line
 from data.tokenizer import RANKS, Tokenizer, load_named
 from model import GPT, GPTConfig

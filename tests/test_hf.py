@@ -1,107 +1,31 @@
 """Checkpoints and tokenizers in the Hugging Face format, against its own two libraries."""
 
 import base64
-import functools
 import importlib
 import json
 import random
 import shutil
 import struct
 import time
-import unicodedata
 
 import pytest
 import torch
+from folders import FAMILIES, SIZES, check_equal, make_pretrained, strings, trained
 
 transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed; it is needed only to check data/hf.py"
+    "transformers", reason="transformers is not installed; it is needed only to check data/hf/"
 )
 import tokenizers
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data.hf import SYMBOLS, from_pretrained, load_tokenizer, read_config
+from data.hf import from_pretrained, load_tokenizer, read_config
 from data.tokenizer import LONGEST_RUN
-from mask import MASKS, dense
 from model import rope_tables
-
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-)
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1000.0}
-
-
-def family_of(kind, n_kv_head, tied, rope=PLAIN_ROPE, **options):
-    heads = dict(num_key_value_heads=n_kv_head, tie_word_embeddings=tied)
-    return kind, dict(heads, rope_parameters=rope, **options)
-
-
-FAMILIES = {
-    "llama2": family_of("Llama", 4, tied=False, rms_norm_eps=1e-5),
-    "llama3": family_of("Llama", 2, tied=False, rope={**PLAIN_ROPE, "rope_theta": 5e5}),
-    "llama3.2": family_of("Llama", 1, tied=True, rope=LLAMA3_ROPE, head_dim=12),
-    "smollm2": family_of("Llama", 1, tied=True),
-    "qwen2": family_of("Qwen2", 2, tied=True),
-    "qwen2.5": family_of("Qwen2", 1, tied=False),
-    "qwen3": family_of("Qwen3", 2, tied=True, head_dim=16),
-}
-
-
-def make(family, folder, dtype=torch.float32, **save):
-    """A random model of transformers, saved to the folder.
-
-    No norm is 1 and no bias 0, so that a lost one shows.
-    """
-    torch.manual_seed(0)
-    kind, options = FAMILIES[family]
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name else 0.0, 0.3)
-    model.to(dtype).save_pretrained(folder, **save)
-    # Read again, since bfloat16 rounds the rotation too.
-    return type(model).from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def check_equal(theirs, ours, tolerance=1e-4):
-    """Causal on plain tokens, and each mask on a dialogue with padding.
-
-    transformers gets the mask as numbers that are added.
-    """
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, SIZES["vocab_size"], (2, 100), generator=generator)
-    assert (theirs(tokens).logits - ours(tokens)).abs().max() < tolerance
-    whole = [1] * 20 + [2] * 13 + [3] * 30 + [4] * 37
-    padded = [1] * 5 + [2] * 50 + [3] * 9 + [4] * 20 + [0] * 16
-    segments = torch.tensor([whole, padded])
-    places = torch.arange(100)[None].expand(2, -1)
-    for mask in MASKS.values():
-        f = mask(segments)
-        hidden = ~dense(f)[:, None]  # (B, 1, T, T)
-        added = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
-        expected = theirs(tokens, attention_mask=added, position_ids=places).logits
-        assert (expected - ours(tokens, f)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, tmp_path):
-    theirs = make(family, tmp_path)
+    theirs = make_pretrained(family, tmp_path)
     ours = from_pretrained(tmp_path).eval()
     check_equal(theirs, ours)
     assert ours.n_params() == theirs.num_parameters()
@@ -111,7 +35,7 @@ def test_logits_equal_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_shards_and_bfloat16(family, tmp_path):
-    theirs = make(family, tmp_path, torch.bfloat16, max_shard_size="10KB")
+    theirs = make_pretrained(family, tmp_path, torch.bfloat16, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert not (tmp_path / "model.safetensors").exists()
     check_equal(theirs, from_pretrained(tmp_path))
@@ -123,7 +47,7 @@ def test_config_files_of_older_versions(tmp_path):
 
     And a header of odd length.
     """
-    theirs = make("llama3.2", tmp_path)
+    theirs = make_pretrained("llama3.2", tmp_path)
     new = read_config(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     rope = config.pop("rope_parameters")
@@ -202,7 +126,7 @@ def test_all_mixtures_of_keys_rotate_as_in_transformers(kind, tmp_path):
 
 
 def test_a_contradiction_within_the_rotation(tmp_path):
-    make("llama3", tmp_path)
+    make_pretrained("llama3", tmp_path)
     for rope, words in (
         ({"rope_type": "llama3", "type": "default"}, "rope_type stands there twice, as llama3"),
         ({"full_attention": {"rope_theta": 5.0}}, "for each type of layer are not supported"),
@@ -214,7 +138,7 @@ def test_a_contradiction_within_the_rotation(tmp_path):
 
 
 def test_a_theta_beside_the_parameters(tmp_path):
-    theirs = make("llama3", tmp_path)
+    theirs = make_pretrained("llama3", tmp_path)
     config(rope_parameters={"rope_type": "default"}, rope_theta=5e5)(tmp_path)
     check_equal(theirs, from_pretrained(tmp_path))
 
@@ -223,7 +147,7 @@ def test_a_byte_order_mark(tmp_path):
     """As some editors write it before a text."""
     (tmp_path / "words").mkdir()
     bpe = train_bpe("qwen", tmp_path / "words")
-    theirs = make("qwen2", tmp_path)
+    theirs = make_pretrained("qwen2", tmp_path)
     for path in (tmp_path / "config.json", *(tmp_path / "words").iterdir()):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     check_equal(theirs, from_pretrained(tmp_path))
@@ -232,7 +156,7 @@ def test_a_byte_order_mark(tmp_path):
 
 
 def test_a_shorter_context(tmp_path):
-    make("qwen2", tmp_path)
+    make_pretrained("qwen2", tmp_path)
     assert from_pretrained(tmp_path, block_size=50).config.block_size == 50
     with pytest.raises(ValueError, match="128 tokens, 200"):
         from_pretrained(tmp_path, block_size=200)
@@ -242,9 +166,9 @@ def test_a_shorter_context(tmp_path):
 def sound(tmp_path_factory):
     """Folders of two sound checkpoints: one file, untied, and shards."""
     folder = tmp_path_factory.mktemp("sound")
-    make("llama3", folder / "one")
-    make("smollm2", folder / "tied")
-    make("llama3", folder / "shards", max_shard_size="10KB")
+    make_pretrained("llama3", folder / "one")
+    make_pretrained("smollm2", folder / "tied")
+    make_pretrained("llama3", folder / "shards", max_shard_size="10KB")
     return folder
 
 
@@ -439,138 +363,10 @@ def test_each_error_is_one_line(what, sound, tmp_path):
     assert "\n" not in str(error.value)
 
 
-# The regular expressions as the published tokenizer.json files have them.
-CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3 = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|reserved_special_token_4|>",
-    "<|eot_id|>",
-]
-PIECES = [
-    "def f(x):\n    return x ** 2",
-    "for (int i = 0; i < n; ++i) {\n\t\ta[i] += 1;\n}\n",
-    "https://example.org/a?b=c&d=1",
-    "Hello",
-    " world",
-    "it's",
-    " WE'LL",
-    "I'M",
-    "don't",
-    "'",
-    "''s",
-    " 1",
-    "2024",
-    "  3.14",
-    "x1y22z333",
-    "1's",
-    " \u0664\u0665\u0666",
-    "\u2167",
-    "\u00b2\u00bd",
-    "\u0967\u0968",
-    "\u4f60\u597d\uff0c\u4e16\u754c",
-    "\u3053\u3093\u306b\u3061\u306f",
-    "\uc548\ub155",
-    "\u1112\u1161\u11ab",
-    "\u0645\u0631\u062d\u0628\u0627",
-    "\u05e9\u05dc\u05d5\u05dd",
-    "\u0928\u092e\u0938\u094d\u0924\u0947",
-    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-    "\u041f\u0440\u0438\u0432\u0435\u0442",
-    "\u0393\u03b5\u03b9\u03ac",
-    "na\u00efve",
-    "nai\u0308ve",
-    "e\u0301",
-    "\u212b",
-    "\u1e9b\u0323",
-    "\u017f",
-    "'\u017f",
-    "\U0001f600",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "\U0001f1e9\U0001f1ea",
-    "\u2764\ufe0f",
-    " ",
-    "  ",
-    "   ",
-    "\n",
-    "\n\n",
-    "\r\n",
-    "\t",
-    "\u00a0",
-    "\u3000",
-    "\u200b",
-    "\u2028",
-    "...",
-    "!?",
-    "--",
-    "()",
-    "\u2014",
-    "_",
-    "__init__",
-    "{}",
-    "\x00",
-    "\x7f",
-    "a" * 40,
-    "=" * 30,
-    "ab" * 20,
-]
 
 
-def strings(n):
-    """Random strings of code, words, scripts, emoji, white space, and any assigned characters."""
-    rng = random.Random(0)
-    code = (ROOT / "model.py").read_text(encoding="utf-8")
-    no_character = "Cn", "Cs", "Co"
-    assigned = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in no_character]
-    for _ in range(n // 3):
-        yield "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
-        yield "".join(rng.choices(assigned, k=rng.randint(1, 8)) + rng.choices(PIECES, k=3))
-        start = rng.randrange(len(code))
-        yield code[start : start + rng.randint(1, 200)]
 
 
-@functools.cache
-def trained(family):
-    """A small BPE of tokenizers, configured as the family's, trained on code and the pieces."""
-
-    def level(regex):
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
-
-    def split(number):
-        isolated = pre_tokenizers.Split(Regex(CASED + number + REST), "isolated")
-        return pre_tokenizers.Sequence([isolated, level(False)])
-
-    bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
-    first, alphabet = [], pre_tokenizers.ByteLevel.alphabet()
-    if family == "qwen":
-        bpe.normalizer, bpe.pre_tokenizer = normalizers.NFC(), split(r"\p{N}")
-    elif family == "llama3":
-        bpe.pre_tokenizer = split(r"\p{N}{1,3}")
-    else:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, level(True)])
-        # The special tokens of SmolLM2 come first. Bytes that no text of common characters has
-        # are no tokens.
-        first = CHATML
-        rare = {0xC0, 0xC1, *range(0xF1, 0x100)}
-        alphabet = [c for c, byte in SYMBOLS.items() if byte not in rare]
-    bpe.decoder = decoders.ByteLevel()
-    names = "model.py", "train.py", "README.md"
-    text = [(ROOT / name).read_text(encoding="utf-8") for name in names]
-    text += PIECES * 3
-    text.append("".join(random.Random(1).choices(PIECES, k=400)))
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=first, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(text, trainer)
-    bpe.add_special_tokens(LLAMA3 if family == "llama3" else CHATML)
-    bpe.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
-    return bpe
 
 
 def train_bpe(family, folder):

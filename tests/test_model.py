@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from helpers import VARIANTS, exact_attention, make_model, random_dialogue
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -40,34 +41,6 @@ from model import (
     pack,
     sdpa,
 )
-
-VARIANTS = {
-    "gpt": dict(n_kv_head=4),
-    "llama": dict(n_kv_head=2, tie_embeddings=False, rope_theta=500000.0),
-    "qwen": dict(n_kv_head=1, qkv_bias=True),
-    "shift": dict(n_kv_head=4, token_shift=True),
-}
-
-
-def make(variant="gpt", block_size=96, seed=0, n_layer=3):
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=50, n_head=4, n_embd=32, n_hidden=48)
-    config = GPTConfig(block_size=block_size, n_layer=n_layer, **sizes, **VARIANTS[variant])
-    model = GPT(config)
-    for p in model.parameters():  # larger than the initial ones, so that a wrong mask shows
-        torch.nn.init.normal_(p, std=0.3)
-    return model.eval()
-
-
-def dialogue(rng, longest=96, turns=4):
-    """Random tokens and segments, (1, T) each. They may start with an answer, end in a query."""
-    number, row = rng.randint(0, 1), []
-    for _ in range(rng.randint(1, 2 * turns)):
-        number += 1
-        row += [number] * rng.randint(1, 9)
-    row = row[:longest]
-    tokens = [rng.randrange(50) for _ in row]
-    return torch.tensor([tokens]), torch.tensor([row])
 
 
 def reference(model, tokens, f):
@@ -113,9 +86,9 @@ def reference(model, tokens, f):
 @pytest.mark.parametrize("name", MASKS)
 @torch.no_grad()
 def test_forward_equals_reference(variant, name):
-    model, rng = make(variant), random.Random(1)
+    model, rng = make_model(variant), random.Random(1)
     for _ in range(5):
-        tokens, segments = dialogue(rng)
+        tokens, segments = random_dialogue(rng)
         f = MASKS[name](segments)
         expected = reference(model, tokens, f)
         assert (model(tokens, f) - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -152,8 +125,8 @@ def feed_as_chat_does(model, tokens, segments, mask, feed_end_with_query=False, 
 def test_cache_equals_one_forward(variant, name):
     rng = random.Random(2)
     for seed in range(8):
-        model = make(variant, seed=seed)
-        tokens, segments = dialogue(rng)
+        model = make_model(variant, seed=seed)
+        tokens, segments = random_dialogue(rng)
         for position, logits in feed_as_chat_does(model, tokens, segments, MASKS[name]):
             # Of a prefix mask each answer has its own f, that of the dialogue up to there.
             upto = segments[:, : position + 1]
@@ -170,7 +143,7 @@ def test_end_of_answer_fed_with_the_next_query_is_wrong():
 
     In one unmasked call with the next query it sees that query.
     """
-    model, tokens = make(), torch.randint(0, 50, (1, 14))
+    model, tokens = make_model(), torch.randint(0, 50, (1, 14))
     segments = torch.tensor([[1] * 4 + [2] * 4 + [3] * 4 + [4] * 2])
     full = model(tokens, ism(segments))
     right = dict(feed_as_chat_does(model, tokens, segments, ism))
@@ -185,9 +158,9 @@ def test_end_of_answer_fed_with_the_next_query_is_wrong():
 @torch.no_grad()
 def test_no_leak(variant, name):
     """Change a token: no logits that are trained, and predict it or one before it, may move."""
-    model, rng = make(variant), random.Random(3)
+    model, rng = make_model(variant), random.Random(3)
     for _ in range(6):
-        tokens, segments = dialogue(rng, longest=40)
+        tokens, segments = random_dialogue(rng, longest=40)
         f = MASKS[name](segments)
         trained = loss_positions(segments, f, answers_only=False)[0]
         before = model(tokens, f)[0]
@@ -200,8 +173,8 @@ def test_no_leak(variant, name):
 
 @torch.no_grad()
 def test_padding_changes_nothing():
-    model, rng = make("shift"), random.Random(4)
-    tokens, segments = dialogue(rng, longest=30)
+    model, rng = make_model("shift"), random.Random(4)
+    tokens, segments = random_dialogue(rng, longest=30)
     n = tokens.shape[1]
     for mask in MASKS.values():
         alone = model(tokens, mask(segments))
@@ -214,22 +187,16 @@ def test_padding_changes_nothing():
 @torch.no_grad()
 def test_one_layer_answers_are_the_same_under_ism_and_causal():
     """What a query token has seen can matter only from the second layer on."""
-    tokens, segments = dialogue(random.Random(5))
+    tokens, segments = random_dialogue(random.Random(5))
     trained = loss_positions(segments, ism(segments)).flatten().nonzero()[:, 0]
     difference = {}
     for n_layer in (1, 2):
-        model = make(n_layer=n_layer)
+        model = make_model(n_layer=n_layer)
         a, b = model(tokens, ism(segments), at=trained), model(tokens, causal(segments), at=trained)
         difference[n_layer] = float((a - b).abs().max())
     assert difference[1] < 1e-4 < 1e-2 < difference[2]
 
 
-def exact_attention(q, k, v, f):
-    """In float64, without a library: (B, H, n, D)."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    seen = torch.arange(k.shape[2], device=f.device) < f[:, None, :, None]  # (B, 1, n, S)
-    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1) @ v
 
 
 @torch.no_grad()
@@ -291,7 +258,7 @@ def test_every_attention_gives_the_same():
 
 @torch.no_grad()
 def test_causal_without_f_over_a_cache():
-    model, tokens = make("shift"), torch.randint(0, 50, (2, 20))
+    model, tokens = make_model("shift"), torch.randint(0, 50, (2, 20))
     cache = Cache(model.config, batch_size=2)
     parts = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 20))]
     assert torch.allclose(torch.cat(parts, 1), model(tokens), atol=1e-4)
@@ -305,7 +272,7 @@ def test_cache_is_its_formulas_bytes():
 
 def test_errors():
     with pytest.raises(ValueError, match="context of 96"):
-        make()(torch.zeros(1, 97, dtype=torch.long))
+        make_model()(torch.zeros(1, 97, dtype=torch.long))
     with pytest.raises(ValueError, match="n_embd"):
         GPTConfig(n_embd=130, n_head=4)
     with pytest.raises(ValueError, match="n_kv_head"):
@@ -324,7 +291,7 @@ def test_errors():
 )
 def test_an_f_that_is_none_is_one_line(f, words):
     with pytest.raises(ValueError, match=words) as error:
-        make()(torch.zeros(2, 5, dtype=torch.long), f)
+        make_model()(torch.zeros(2, 5, dtype=torch.long), f)
     assert "\n" not in str(error.value)
 
 
@@ -375,10 +342,10 @@ def test_the_lesson_above_the_line_is_the_whole_model(variant, name):
     """The same logits and gradients in one forward, and the same logits from the cache."""
     plain, rng = lesson(), random.Random(5)
     for seed in range(2):
-        model = make(variant, 400, seed)
+        model = make_model(variant, 400, seed)
         twin = plain.GPT(plain.GPTConfig(**asdict(model.config)))
         twin.load_state_dict(model.state_dict())
-        tokens, segments = dialogue(rng, 400, turns=rng.choice((4, 40)))
+        tokens, segments = random_dialogue(rng, 400, turns=rng.choice((4, 40)))
         f = MASKS[name](segments)
         with torch.no_grad():
             expected = model(tokens, f)
@@ -405,7 +372,7 @@ def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
     """
     rng = random.Random(0)
     for seed in range(6):
-        model = make(variant, seed=seed)
+        model = make_model(variant, seed=seed)
         packed = pack(copy.deepcopy(model).bfloat16(), kind)
         kinds = {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)}
         # In 4 bits some shapes are not there.
@@ -425,7 +392,7 @@ def test_packed_weights_give_the_logits_of_the_rounded_ones(variant, kind):
         model.embed.weight = torch.nn.Parameter(packed.embed.weight.float())
         for p, q in zip(model.parameters(), model.bfloat16().float().parameters()):
             p.data = q.data
-        tokens, segments = dialogue(rng)
+        tokens, segments = random_dialogue(rng)
         f = ism(segments)
         cut = rng.randint(1, tokens.shape[1])
         cache = Cache(packed.config)
@@ -456,7 +423,7 @@ def test_steps_written_out_are_the_model(variant):
     """Token by token behind a start that was read at once: logits and cache of the modules."""
     rng = random.Random(1)
     for seed in range(8):
-        model = make(variant, 64, seed)
+        model = make_model(variant, 64, seed)
         tokens = torch.tensor([[rng.randrange(50) for _ in range(64)]])
         cut = rng.randint(1, 63)
         cache, expected = Cache(model.config), Cache(model.config)
@@ -489,7 +456,7 @@ CHANGES = {  # of a layer, as a reader makes them
 def test_a_changed_layer_is_not_written_out(variant, change):
     """A reader's change is in the chat too: what knows the layers by heart stands back."""
     for seed in range(3):
-        model = make(variant, 64, seed)
+        model = make_model(variant, 64, seed)
         assert faster(model).reader is Steps
         CHANGES[change](model.blocks[seed % len(model.blocks)])
         assert faster(model).reader is None
@@ -500,8 +467,8 @@ def test_a_changed_layer_is_not_written_out(variant, change):
 def test_weights_laid_out_by_columns_are_the_same_numbers(variant):
     rng = random.Random(0)
     for seed in range(6):
-        model = make(variant, seed=seed)
-        tokens, segments = dialogue(rng)
+        model = make_model(variant, seed=seed)
+        tokens, segments = random_dialogue(rng)
         expected, weights = model(tokens, ism(segments)), copy.deepcopy(model.state_dict())
         assert by_columns(model).head.weight.stride() == (1, model.config.vocab_size)
         for name, weight in model.state_dict().items():
@@ -566,7 +533,7 @@ def test_without_torchs_private_operators_the_weights_are_bfloat16(monkeypatch, 
     monkeypatch.setattr(Int8Linear, "row", gone)
     monkeypatch.setattr(Int4Linear, "pack", gone)
     for kind in ("int8", "int4"):
-        packed = pack(make().bfloat16(), kind)
+        packed = pack(make_model().bfloat16(), kind)
         kinds = {type(layer) for layer in packed.modules() if isinstance(layer, PackedLinear)}
         assert kinds <= {*PACKED["bfloat16"]}
         assert f"in {kind}: they are in bfloat16" in capsys.readouterr().out
@@ -596,8 +563,8 @@ def test_replayed_steps_are_the_full_forward(variant):
     """
     rng = random.Random(0)
     for seed, block_size in enumerate((40, 96, 200, 600)):
-        model = make(variant, block_size, seed)
-        tokens, segments = dialogue(rng, block_size, turns=block_size // 8)
+        model = make_model(variant, block_size, seed)
+        tokens, segments = random_dialogue(rng, block_size, turns=block_size // 8)
         f = ism(segments)
         got, whole = decoded(model, tokens, f), model(tokens, f)[0]
         assert torch.allclose(got, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)
@@ -605,7 +572,7 @@ def test_replayed_steps_are_the_full_forward(variant):
 
 @torch.no_grad()
 def test_replay_refuses_a_full_cache():
-    model = make(block_size=4)
+    model = make_model(block_size=4)
     replay = Replay(model, Cache(model.config))
     for token in range(4):
         replay(token)
@@ -665,8 +632,8 @@ def test_cuda_long_rows_need_no_square_of_their_length():
 def test_cuda_graphs_are_the_full_forward(variant):
     rng = random.Random(0)
     for seed in range(3):
-        model = make(variant, 300, seed=seed).cuda().bfloat16()
-        tokens, segments = dialogue(rng, 300, turns=20)
+        model = make_model(variant, 300, seed=seed).cuda().bfloat16()
+        tokens, segments = random_dialogue(rng, 300, turns=20)
         tokens, f = tokens.cuda(), ism(segments)
         got, want = decoded(model, tokens, f).double(), model(tokens, f)[0].double()
         exact = model.double()(tokens, f)[0]

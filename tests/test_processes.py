@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from test_data import random_chats, write
+from helpers import random_chats, write_lines
 
 SCRIPT = """
 import json, pathlib, sys
@@ -71,7 +71,7 @@ def launch(processes, tmp_path, settings, **options):
 @pytest.fixture
 def settings(tmp_path):
     return dict(
-        data=write(tmp_path / "chats.jsonl", random_chats(90, 9)),
+        data=write_lines(tmp_path / "chats.jsonl", random_chats(90, 9)),
         n_layer=2,
         n_head=2,
         n_embd=32,

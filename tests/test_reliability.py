@@ -17,11 +17,9 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT
+from helpers import SPECIAL, TINY, TOKENIZER, check_cache, make_chat, peak_memory, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_chat import TOKENIZER, check_cache, make_chat, peak_memory, run
-from test_data import SPECIAL
-from test_train import TINY
 
 import sample
 import train as module

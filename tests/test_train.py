@@ -8,29 +8,16 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from test_chat import run
-from test_data import chat
+from helpers import TINY, line_of_chat, run
 
 from data import checkpoint
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.machine import pick_dtype
 from data.scores import report
-from data.words import CITIES, NAMES
+from data.synthetic.words import CITIES, NAMES
 from mask import MASKS
 from model import GPT, GPTConfig
 from train import POLYNOMIALS, Settings, equalize, make_optimizer, rate_at, train
-
-TINY = dict(
-    n_dialogues=300,
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    batch_size=2,
-    block_size=256,
-    eval_interval=10,
-    dtype="float32",
-    device="cpu",
-)
 
 
 def test_learning_rate():
@@ -195,7 +182,7 @@ def test_own_chats_train(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(chat(n) for n in range(10)), encoding="utf-8")
+    path.write_text("\n".join(line_of_chat(n) for n in range(10)), encoding="utf-8")
     out = str(tmp_path / "out")
     metrics = train(Settings(**TINY, data=str(path), max_iters=5, out_dir=out))
     assert list(metrics["accuracy"]) == ["chats"] and "accuracy_new_words" not in metrics

@@ -5,7 +5,16 @@ TALK is small talk and questions about the model itself, each answer with the wa
 What is asked about the rest of the world is made of templates and words, and the answer is always
 UNKNOWN.
 """
-from data.words import CITIES, FOODS, GENERAL, LANGUAGES, NAMES, PETS, invented, misspelled
+from data.synthetic.words import (
+    CITIES,
+    FOODS,
+    GENERAL,
+    LANGUAGES,
+    NAMES,
+    PETS,
+    invented,
+    misspelled,
+)
 
 UNKNOWN = "I was not taught that, but I can remember facts, do small sums and edit lists."
 

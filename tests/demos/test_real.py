@@ -12,13 +12,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from folders import LLAMA3_ROPE, PLAIN_ROPE, strings, trained
+from helpers import run
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed; only demos/real.py needs it")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is "
                                    "needed only to check demos/real.py")
 from conftest import ROOT
-from test_chat import run
-from test_hf import LLAMA3_ROPE, PLAIN_ROPE, strings, trained
 from test_own_model import BEGUN, QWEN25, SMOLLM2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_chat import run
+from helpers import run
 
 from data.loader import Split, prepare
 from data.tokenizer import Tokenizer

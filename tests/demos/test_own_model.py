@@ -6,17 +6,16 @@ import sys
 
 import pytest
 import torch
+from folders import FAMILIES, PIECES, SIZES, check_equal, make_pretrained, trained
+from helpers import run
 
 transformers = pytest.importorskip(
     "transformers",
     reason="transformers is not installed; it is needed only to check folders of its format",
 )
 from conftest import ROOT
-from test_chat import run
-from test_hf import FAMILIES, PIECES, SIZES, check_equal, make, trained
 
-from data import hf_template
-from data.hf import from_pretrained, load_tokenizer, save_pretrained
+from data.hf import chat_template, from_pretrained, load_tokenizer, save_pretrained
 from mask import MASKS, dense
 from sample import go_on, load_chat
 
@@ -220,11 +219,11 @@ def test_a_template_is_obeyed_or_a_line_tells_what_is_other(tmp_path, monkeypatc
     fast = make_folder("smollm2", tmp_path)
     fast.bos_token = "<|endoftext|>"
     for name, (template, words) in WRITTEN.items():
-        monkeypatch.setattr(hf_template, "SECONDS", 2 if name == "endless" else 60)
+        monkeypatch.setattr(chat_template, "SECONDS", 2 if name == "endless" else 60)
         if name == "no Jinja":
-            missing = "import sys; sys.modules['jinja2'] = None\n" + hf_template.PROGRAM
-            monkeypatch.setattr(hf_template, "PROGRAM", missing)
-            hf_template.run.cache_clear()
+            missing = "import sys; sys.modules['jinja2'] = None\n" + chat_template.PROGRAM
+            monkeypatch.setattr(chat_template, "PROGRAM", missing)
+            chat_template.run.cache_clear()
         config = {"chat_template": template, "bos_token": "<|endoftext|>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         ours = load_tokenizer(tmp_path)
@@ -331,7 +330,7 @@ def test_what_is_saved_loads_in_transformers(family, rank, tmp_path):
 
     With LoRA merged, from a sharded source, and in bfloat16.
     """
-    theirs = make(family, tmp_path / "source", max_shard_size="10KB" if rank else "5GB")
+    theirs = make_pretrained(family, tmp_path / "source", max_shard_size="10KB" if rank else "5GB")
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 1e-4)):
         ours = from_pretrained(tmp_path / "source", dtype=dtype)
         if rank:

@@ -13,16 +13,14 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT
-from test_chat import run
-from test_data import random_chats, write
-from test_model import VARIANTS, dialogue
+from helpers import VARIANTS, make_folder, random_chats, random_dialogue, run, write_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sample as sample_module
 import train as train_module
 from data.checkpoint import load_checkpoint
-from data.hf import SYMBOLS, from_pretrained, load_tokenizer, read_config, save_pretrained
+from data.hf import from_pretrained, load_tokenizer, save_pretrained
 from mask import MASKS, annealed, causal, loss_positions
 from model import GPT, GPTConfig, recompute_blocks
 from sample import load_chat
@@ -42,42 +40,8 @@ TINY = dict(
     dtype="float32",
     device="cpu",
 )
-FOLDER = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    vocab_size=260,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-)
 
 
-def make_folder(folder, **options):
-    """A random checkpoint in the Hugging Face format: a Qwen2.
-
-    Its tokens are the bytes and those of ChatML.
-    """
-    folder.mkdir(parents=True)
-    config = {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
-    config |= {**FOLDER, **options}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "vocab.json").write_text(json.dumps(SYMBOLS))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokens = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-    special = {256 + i: {"content": t, "special": True} for i, t in enumerate(tokens)}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": special}))
-    torch.manual_seed(0)
-    model = GPT(read_config(folder))
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.1)
-    (folder / "source").mkdir()
-    (folder / "source" / "config.json").write_text(json.dumps(config))
-    save_pretrained(model, folder / "source", folder)
-    shutil.rmtree(folder / "source")
-    return folder
 
 
 @pytest.fixture
@@ -85,7 +49,7 @@ def chats(tmp_path, monkeypatch):
     import data.loader
 
     monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
-    return write(tmp_path / "chats.jsonl", random_chats(60, 3))
+    return write_lines(tmp_path / "chats.jsonl", random_chats(60, 3))
 
 
 def losses(**settings):
@@ -154,7 +118,7 @@ def test_checkpointing_changes_nothing_but_the_memory(variant, dtype):
     twin = copy.deepcopy(model)
     recompute_blocks(twin)
     for number in range(6):
-        tokens, segments = (row.repeat(20, 1) for row in dialogue(rng))
+        tokens, segments = (row.repeat(20, 1) for row in random_dialogue(rng))
         f = list(MASKS.values())[number % len(MASKS)](segments)
         results, peaks = [], []
         for each in (model, twin):
@@ -178,7 +142,7 @@ def test_an_annealed_mask_lies_between_and_does_not_leak(name):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     for _ in range(30):
-        tokens, segments = dialogue(rng)
+        tokens, segments = random_dialogue(rng)
         shares = [0, *sorted(rng.random() for _ in range(3)), 1]
         steps = [annealed(mask, share)(segments) for share in shares]
         assert torch.equal(steps[0], causal(segments)) and torch.equal(steps[-1], mask(segments))
@@ -220,7 +184,7 @@ def test_lora_starts_as_nothing_and_merges_to_the_same(tmp_path):
         torch.manual_seed(number)
         sizes = dict(vocab_size=50, block_size=96, n_layer=2, n_head=4, n_embd=32, n_hidden=48)
         model = GPT(GPTConfig(**sizes, **rng.choice(list(VARIANTS.values()))))
-        tokens, segments = dialogue(rng)
+        tokens, segments = random_dialogue(rng)
         f = MASKS["ism"](segments)
         names, before = list(model.state_dict()), model(tokens, f)
         add_lora(model, 4, 8.0)

@@ -2,7 +2,7 @@
 import sys
 
 import torch
-from test_finetune import make_folder
+from helpers import make_folder
 
 from demos import sink
 from demos.compare import question_last

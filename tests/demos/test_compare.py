@@ -7,8 +7,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from test_chat import run
-from test_finetune import make_folder
+from helpers import make_folder, run
 
 from demos import compare
 from demos.compare import LAST, ORDINALS, Comparison, gsm8k, question_last, sources, splits

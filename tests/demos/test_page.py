@@ -10,10 +10,10 @@ import pytest
 import regex
 import torch
 from conftest import ROOT
-from test_chat import run
+from helpers import run
 
 from data.checkpoint import load_checkpoint, save_checkpoint
-from data.dialogues import generate
+from data.synthetic import generate
 from data.tokenizer import PATTERN, Tokenizer
 from mask import MASKS, reusable
 from model import GPT, GPTConfig

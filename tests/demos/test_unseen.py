@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from test_chat import TOKENIZER, make_chat
+from helpers import TOKENIZER, make_chat
 
-from data.dialogues import generate
-from data.words import FINAL_CITIES, FINAL_NAMES
+from data.synthetic import generate
+from data.synthetic.words import FINAL_CITIES, FINAL_NAMES
 from demos.unseen import answers, first_words, main, new_names, scored
 
 

@@ -1,6 +1,6 @@
 """
 Published checkpoints in the Hugging Face format. All that this codebase knows of foreign weights is
-here, of their config.json in data/hf_config.py, of their tokenizers in data/hf_tokenizer.py.
+here, of their config.json in data/hf/config.py, of their tokenizers in data/hf/tokenizer.py.
 
     model = from_pretrained(folder)       LLaMA 2, 3 and 3.x, TinyLlama, SmolLM2, Qwen2, 2.5 and 3
     save_pretrained(model, folder, out)   back to the same format, for use elsewhere
@@ -18,8 +18,8 @@ import shutil
 import torch
 
 from data.checkpoint import whole_file, write_json
-from data.hf_config import MASK_KEY, read_config, read_json, read_mask
-from data.hf_tokenizer import SYMBOLS, load_tokenizer
+from data.hf.config import MASK_KEY, read_config, read_json, read_mask
+from data.hf.tokenizer import SYMBOLS, load_tokenizer
 from model import GPT, rope_tables
 
 __all__ = ["SYMBOLS", "from_pretrained", "load_tokenizer", "read_config", "read_mask",

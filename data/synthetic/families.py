@@ -14,14 +14,12 @@ reasoning, and one is what people say to a model that they do not know:
 
 A family is a function that yields turns (query, answer). Each answer is a function of what was said
 before it, so that "exactly right" has a meaning. FAMILIES, below them, says how to add one of your
-own. `python -m data.dialogues` prints some dialogues, with `--jsonl FILE --n 1000` it writes them.
+own. `python -m data.synthetic` prints some dialogues, with `--jsonl FILE --n 1000` it writes them.
 """
-import json
-import time
 import zlib
 
-from data import machine, talk
-from data.words import (
+from data.synthetic import talk
+from data.synthetic.words import (
     COLORS,
     FOODS,
     GENERAL,
@@ -705,29 +703,3 @@ def generate(split, n, seed=0, families=tuple(FAMILIES), mixed=False):
     """
     for _, dialogue in deal({split: n}, seed, families, mixed):
         yield dialogue
-
-
-def main():
-    """Print some dialogues, or write a file of them for `--data`."""
-    with machine.errors_in_one_line("lower --n"):
-        parser = machine.Parser("Print some synthetic dialogues, or write a file of them.")
-        parser.add_argument("--jsonl", default="", help="the file to write, one dialogue a line")
-        parser.add_argument("--split", default="train", choices=SPLITS, help="(default: train)")
-        parser.add_argument("--n", type=int, default=12, help="how many (default: 12)")
-        parser.add_argument("--seed", type=int, default=None, help="(default: the time)")
-        s = parser.parse_args()
-        seed = time.time() if s.seed is None else s.seed
-        found = generate(s.split, s.n, seed, mixed=True)
-        if s.jsonl:
-            with open(s.jsonl, "w", encoding="utf-8") as file:
-                for dialogue in found:
-                    file.write(json.dumps({"messages": dialogue["messages"]}) + "\n")
-            return
-        for dialogue in found:
-            print(f"--- {dialogue['family']}")
-            for message in dialogue["messages"]:
-                print(f"{message['role']:>9}: {message['content']}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,15 +4,15 @@ and SmolLM2 have it. Ids equal those of Hugging Face tokenizers. Each error is a
 line.
 
 A chat format is a row of LAYOUTS. A folder has one if it has all its special tokens. Its chat
-template, where there is one, then says what it writes between them (data/hf_template.py).
+template, where there is one, then says what it writes between them (data/hf/chat_template.py).
 """
 import functools
 import pathlib
 import re
 import unicodedata
 
-from data import hf_template
-from data.hf_config import read_config, read_json
+from data.hf import chat_template
+from data.hf.config import read_config, read_json
 from data.tokenizer import Tokenizer, layout, read_ranks
 
 LAYOUTS = {
@@ -189,7 +189,7 @@ def load_tokenizer(folder):
     tokenizer.model. ValueError for SentencePiece and for what is not supported."""
     arguments, written, note = read_tokenizer(pathlib.Path(folder))
     tokenizer = Tokenizer(*arguments)
-    note = note or hf_template.difference(tokenizer, written)
+    note = note or chat_template.difference(tokenizer, written)
     tokenizer.note = note and f"[the chat template of {folder} {note}]"
     return tokenizer
 
@@ -228,12 +228,12 @@ def read_tokenizer(folder):
     if template:
         named = {"bos_token": layout["begin"], **dict(named_tokens(folder))}
         try:
-            written = hf_template.run(template, tuple(sorted(named.items())))
+            written = chat_template.run(template, tuple(sorted(named.items())))
         except ValueError as error:
             note = f"{error}; chats are laid out as {name} has it"
     if written:
         try:
-            layout, default_system = hf_template.read_layout(layout, written)
+            layout, default_system = chat_template.read_layout(layout, written)
         except (ValueError, IndexError):
             raise ValueError(f"{path}: the folder's chat template does not write what its special "
                              f"tokens tell, the format {name}; other formats are not supported"

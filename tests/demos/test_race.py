@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_chat import run
+from helpers import run
 
 from demos.page import look, read_race
 from mask import MASKS

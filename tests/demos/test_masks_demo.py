@@ -98,7 +98,7 @@ def test_counts_of_the_dialogue_are_those_of_the_formulas(figures):
 
 
 def test_counts_of_the_training_data_are_those_of_the_formulas(figures):
-    from data.dialogues import generate
+    from data.synthetic import generate
     from data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer()

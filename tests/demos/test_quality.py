@@ -4,9 +4,9 @@ import json
 
 import pytest
 from conftest import ROOT
-from test_chat import run
+from helpers import run
 
-from data.dialogues import generate
+from data.synthetic import generate
 from demos import quality
 from demos.quality import ROWS, Study, run_all, self_chat
 from sample import load_chat
