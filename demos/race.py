@@ -307,8 +307,8 @@ WHY = {
         Under ISM a link A>B sees all others while it is read, so it finds B>C wherever that stands,
         and stands for two steps itself. Under causal it sees those before it alone: of two links
         only the later one can find the other. If that is B>C, the rest has to be found when the
-        question comes. For three steps a question takes one step in the first layer and two in the
-        second, by a link that stands for two.""",
+        question comes. Three steps fit into two layers too: a question takes one in the first,
+        and two in the second, by a link that stands for two. A model may need long to find that.""",
     "missing": """
         Under causal the first list is read before the second is known, so each of its items has to
         be looked for when the question comes. Under ISM an item sees at once whether the second
