@@ -6,8 +6,8 @@ Programs that show or measure something, each by itself: python demos/NAME.py --
     theory                 what a mask computes
     race, quality          causal and ISM side by side: on a game, in whole runs of train.py
     compare, finetune      a published model under ISM; LoRA
+    sink                   why a published model babbles under ISM, and what mends it
     real, elsewhere        a GGUF file to chat with; a model of ISM with transformers alone
-    speed, peers           what it costs, beside other programs
-    unseen                 what nobody taught the model
+    speed                  what ISM costs beside causal, and how fast a chat writes
     output                 tables and pictures, for all of these
 """

@@ -1,29 +1,23 @@
 """
-What ISM costs beside causal, and how near training and chat are to other programs.
+What ISM costs beside causal, and how fast a chat writes.
 
-The paper's claim: the latency of causal, since a turn is encoded once and the KV cache survives.
-Everything is measured in turns (A, B, A, B, ...) in one run, and told as a ratio of medians with
-the quartiles of the single ratios, since a shared machine's speed changes within minutes.
+The claim of the paper: the latency of causal, since a turn is encoded once and the KV cache
+survives. Everything is measured in turns (A, B, A, B, ...) in one run, since the speed of a shared
+machine changes within minutes. A ratio is that of medians, beside it the quartiles of the ratios
+turn by turn.
 
-    python demos/speed.py            under 3 minutes on 2 cores, without the peers
-    python demos/speed.py --quick    under a minute, less exact
-
-The peers are programs that do the same work. Each is measured only if it is asked for:
-
-    --transformers          its `generate` beside our chat, 1 minute
-    --nanogpt FOLDER        a checkout of github.com/karpathy/nanoGPT, 8 minutes on 2 fast cores
-    --llama2c FOLDER        a checkout of github.com/karpathy/llama2.c, for gcc, 1 minute
-    --real FOLDER           a real model, from demos/real.py; with --transformers 2 minutes
-    --llamacpp FOLDER       where `npm install node-llama-cpp` was run, beside --real, 1 minute
+    python demos/speed.py                   under 3 minutes on 2 cores
+    python demos/speed.py --quick           under a minute, less exact
+    python demos/speed.py --transformers    and beside `generate` of transformers, 1 minute more
+    python demos/speed.py --real FOLDER     and a real model, of demos/real.py: 2 minutes more
 """
 import functools
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +31,11 @@ from data.checkpoint import write_json
 from data.loader import Split, prepare
 from data.machine import setting
 from data.tokenizer import Tokenizer
-from demos import peers
-from demos.output import check_writable, color, picture, plt
+from demos.output import check_writable, color, dashes, picture, plt, save
 from mask import MASKS, causal, ism
-from model import GPT, PACKED, Cache, GPTConfig, faster, fastest_attention
-from sample import Chat, stored
-from train import Settings, make_optimizer, model_config, predicted, train
+from model import GPT, Cache, GPTConfig, faster, fastest_attention
+from sample import DTYPES, Chat, stored
+from train import Settings, make_optimizer, train
 
 SHAPES = {  # of decoding: on a CPU a small model, on a GPU one of the 1B class
     "cpu": {
@@ -54,10 +47,6 @@ SHAPES = {  # of decoding: on a CPU a small model, on a GPU one of the 1B class
         "n_embd": 2048, "n_hidden": 8192,
     },
 }
-NANOGPT = (  # layers, heads, width, rows of 256 tokens, steps
-    (4, 4, 128, 32, 120),
-    (6, 6, 384, 16, 30),
-)
 PEAK = 989e12  # FLOP/s of an H100 in bfloat16 without sparsity, by its data sheet
 
 
@@ -69,29 +58,13 @@ class Speed:
     dtype: str = setting("auto", "of the computation in training", machine.DTYPES)
     quick: bool = setting(False, "fewer repeats")
     transformers: bool = setting(False, "beside transformers (1 minute)")
-    nanogpt: str = setting("", "a checkout of nanoGPT to train beside (8 minutes)")
-    llama2c: str = setting("", "a checkout of llama2.c to decode beside (1 minute)")
     real: str = setting("", "the folder of a real model to decode (2 minutes)")
-    llamacpp: str = setting("", "a folder with node-llama-cpp to decode --gguf with (1 minute)")
-    gguf: str = setting("", "the GGUF file of the real model, for --llamacpp")
     json: str = setting("", "write the figures to this file")
     out: str = setting(picture("speed"), "the picture")
 
     def __post_init__(self):
-        needed = {  # flag: (a file that must be in the folder, what the folder is)
-            "nanogpt": ("config/train_shakespeare_char.py", "checkout of karpathy/nanoGPT"),
-            "llama2c": ("run.c", "checkout of karpathy/llama2.c"),
-            "real": ("config.json", "folder of demos/real.py"),
-            "llamacpp": ("node_modules/node-llama-cpp", "folder with node-llama-cpp"),
-        }
-        for flag, (file, what) in needed.items():
-            folder = getattr(self, flag)
-            if folder and not Path(folder, file).exists():
-                raise ValueError(f"--{flag} {folder} is no {what}")
-        if self.llama2c and not shutil.which("gcc"):
-            raise ValueError("--llama2c needs gcc, which is not installed")
-        if self.llamacpp and not (self.gguf and self.real and shutil.which("node")):
-            raise ValueError("--llamacpp needs node, --gguf FILE and --real FOLDER of one model")
+        if self.real and not Path(self.real, "config.json").exists():
+            raise ValueError(f"--real {self.real} is no folder that demos/real.py has written")
         self.device = machine.pick_device(self.device)
         self.dtype = machine.pick_dtype(self.dtype, self.device)
 
@@ -188,90 +161,6 @@ def by_length(a):
     return results
 
 
-class Pieces(Split):
-    """n random pieces of a text, each as if it were a dialogue."""
-
-    def __init__(self, tokens, n, length):
-        starts = np.random.default_rng(0).integers(len(tokens) - length, size=n)
-        self.tokens = np.concatenate([tokens[start : start + length] for start in starts])
-        self.segments = np.ones_like(self.tokens)
-        self.offsets = np.arange(n + 1) * length
-        self.families, self.family_names = np.zeros(n, dtype=np.int64), ["pieces"]
-
-
-def nanogpt(a):
-    """Steps of nanoGPT and of ours on the same batches, in turns.
-
-    First with a loss on all tokens of a text, both causal and of the same number of parameters.
-    Then as `python train.py` would have it for so many layers of that width: dialogues, ISM, a loss
-    on answers alone.
-    """
-    tokenizer, length = Tokenizer(), 256
-    dialogues = Split(prepare(tokenizer, length, "", 12000), "train")
-    found = {}
-    for layers, heads, width, rows, steps in NANOGPT:
-        s = Settings(n_layer=layers, n_head=heads, n_embd=width, batch_size=rows, max_iters=steps,
-                     warmup_iters=20, device=str(a.device), dtype=str(a.dtype)[6:])
-        alike = GPTConfig(tokenizer.vocab_size, length, layers, heads, heads, width,
-                          n_hidden=round(width / 3) * 8)
-        on_all = replace(s, mask="causal", answers_only=False)
-        text = Pieces(dialogues.tokens, rows * steps, length)
-        size = f"{layers} layers, width {width}"
-        for name, how, split, config in (
-            ("all tokens", on_all, text, alike),
-            ("answers", s, dialogues, model_config(s, tokenizer.vocab_size)),
-        ):
-            theirs = peers.nanogpt(a.nanogpt, tokenizer.vocab_size, layers, heads, width, steps)
-            torch.manual_seed(0)
-            found[f"{size}, loss on {name}"] = beside(how, split, GPT(config), theirs)
-    return found
-
-
-def beside(s, split, model, theirs):
-    """Train the model by the settings, and after each step theirs, on what it was trained on."""
-    mask, steps = MASKS[s.mask], {"ours": [], "nanoGPT": []}
-    batches = iter(split.batches(split.rows(mask), s.batch_size * s.block_size, (s.seed, 0)))
-    began = time.perf_counter()
-
-    def watch(_, loss):
-        nonlocal began
-        steps["ours"].append((float(loss), time.perf_counter() - began))
-        tokens, segments = split.collate(next(batches))  # (B, T) each
-        at, targets = predicted(tokens, segments, mask(segments), s.answers_only)  # (N,) each
-        spread = torch.full(tokens.shape, -1)  # (B, T)
-        spread.view(-1)[at] = targets
-        began = time.perf_counter()
-        loss = theirs(tokens, spread)
-        steps["nanoGPT"].append((loss, time.perf_counter() - began))
-        began = time.perf_counter()
-
-    train(s, model, {"train": split, "test": Some(split, 1)}, watch)
-    return compared(steps)
-
-
-def compared(steps):
-    """What two runs of (loss, seconds) have to do with each other. A loss is a mean of ten steps.
-
-    Ours comes to nanoGPT's last loss in fewer steps, so both are told: a step, and the way there.
-    """
-    # The first steps prepare kernels and memory.
-    seconds = {name: [s for _, s in found[5:]] for name, found in steps.items()}
-    curves = {}
-    for name, found in steps.items():
-        losses = [loss for loss, _ in found]
-        curves[name] = [statistics.mean(losses[i : i + 10]) for i in range(len(losses) - 9)]
-    step = ratio(seconds, "nanoGPT", "ours")
-    found = {"times as fast a step": step}
-    for name, curve in curves.items():
-        found[f"{name}, last loss"] = curve[-1]
-    reached = [10 + i for i, loss in enumerate(curves["ours"]) if loss <= curves["nanoGPT"][-1]]
-    if reached:
-        found["ours, steps to nanoGPT's last loss"] = reached[0]
-        way = len(steps["nanoGPT"]) / reached[0] * step["ratio"]
-        found["times as fast to nanoGPT's last loss"] = way
-    return found
-
-
 # --- chat ---------------------------------------------------------------------------------------
 
 
@@ -317,55 +206,72 @@ def writer(model, n):
     return call
 
 
-def decoding(a):
-    """Tokens a second with a batch of one; and a floor, the same calls with next to no numbers."""
-    n, shape = (8 if a.quick else 32), SHAPES[a.device.type]
-    config = GPTConfig(**shape)
-    tiny = GPTConfig(**{**shape, "n_embd": 8, "n_hidden": 8, "head_size": 8, "n_head": 1,
-                        "n_kv_head": 1, "vocab_size": 8})
-    kinds = ("float32", *PACKED) if a.device.type == "cpu" else ("bfloat16",)
-    calls = {kind: writer(stored(GPT(config), a.device, kind), n) for kind in kinds}
-    calls["overhead"] = writer(stored(GPT(tiny), a.device, kinds[0]), n)
-    source = torch.ones(1 << 26, dtype=torch.uint8, device=a.device)
-    target = torch.empty_like(source)
-    calls["copy"] = lambda: target.copy_(source)
+def generate(model, n):
+    """The same by transformers: its `generate` with its cache."""
+    model = model.eval()
+    prompt = torch.ones(1, 16, dtype=torch.long, device=model.device)
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options)
+
+
+def llama(config):
+    """A random LLaMA of transformers with the sizes of a config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head, tie_word_embeddings=True, eos_token_id=None,
+        pad_token_id=0, max_position_embeddings=config.block_size,
+    ))
+
+
+def by_kind(a, make, theirs, n, repeats):
+    """Tokens a second for each `--dtype` of sample.py, a batch of one; beside transformers.
+
+    make, theirs: functions that make the model of nanoISM and that of transformers.
+    """
+    kinds = DTYPES if a.device.type == "cpu" else ("bfloat16",)
+    calls = {kind: writer(stored(make(), a.device, kind), n) for kind in kinds}
     if a.transformers:
-        calls["transformers"] = peers.generate(peers.llama(config), n)
-    seconds = in_turns(calls, a.repeats(12), a.device)
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
-    bandwidth = 2 * source.nbytes / middle.pop("copy")
-    found = {"limit by calls, tokens/s": n / middle.pop("overhead"), "copy, GB/s": bandwidth / 1e9}
-    found["tokens/s"] = {name: n / median for name, median in middle.items()}
+        calls["transformers"] = generate(theirs(), n)
+    seconds = in_turns(calls, a.repeats(repeats), a.device)
+    found = {"tokens/s": {name: n / statistics.median(times) for name, times in seconds.items()}}
     if a.transformers:
         found["times as fast as transformers in float32"] = {
             kind: ratio(seconds, "transformers", kind) for kind in kinds
         }
-    if a.llama2c:
-        found["tokens/s"]["llama2.c, float32"] = peers.llama2c(a.llama2c, config, n)
+    return found
+
+
+def decoding(a):
+    """A random model in each kind of weights; and what limits it on this machine."""
+    n, shape = a.repeats(32), SHAPES[a.device.type]
+    config = GPTConfig(**shape)
+    found = by_kind(a, lambda: GPT(config), lambda: llama(config), n, 12)
+    # The same calls with next to no numbers; and memory that is read and written.
+    tiny = GPTConfig(**{**shape, "n_embd": 8, "n_hidden": 8, "head_size": 8, "n_head": 1,
+                        "n_kv_head": 1, "vocab_size": 8})
+    source = torch.ones(1 << 26, dtype=torch.uint8, device=a.device)
+    target = torch.empty_like(source)
+    calls = {"calls": writer(stored(GPT(tiny), a.device, "float32"), n),
+             "copy": lambda: target.copy_(source)}
+    seconds = in_turns(calls, a.repeats(12), a.device)
+    found["limit by calls, tokens/s"] = n / statistics.median(seconds["calls"])
+    found["copy, GB/s"] = 2 * source.nbytes / statistics.median(seconds["copy"]) / 1e9
     return found
 
 
 def real(a):
-    """Tokens a second of a real model in each kind of weights; beside transformers, llama.cpp."""
-    n, calls = (8 if a.quick else 32), {}
-    for kind in ("float32", *PACKED):
-        model = hf.from_pretrained(a.real, 512)
-        calls[kind] = writer(stored(model, a.device, kind), n)
-    if a.transformers:
+    """A real model in each kind of weights."""
+    def theirs():
         from transformers import AutoModelForCausalLM
 
-        theirs = AutoModelForCausalLM.from_pretrained(a.real, dtype=torch.float32)
-        theirs.generation_config.eos_token_id = None
-        calls["transformers"] = peers.generate(theirs, n)
-    seconds = in_turns(calls, a.repeats(6), a.device)
-    found = {"tokens/s": {name: n / statistics.median(times) for name, times in seconds.items()}}
-    if a.transformers:
-        found["times as fast as transformers in float32"] = {
-            kind: ratio(seconds, "transformers", kind) for kind in ("float32", *PACKED)
-        }
-    if a.llamacpp:
-        found["tokens/s"]["llama.cpp, the GGUF file"] = peers.llamacpp(a.llamacpp, a.gguf, n)
-    return found
+        model = AutoModelForCausalLM.from_pretrained(a.real, dtype=torch.float32)
+        model.generation_config.eos_token_id = None
+        return model
+
+    return by_kind(a, lambda: hf.from_pretrained(a.real, 512), theirs, a.repeats(32), 6)
 
 
 # --- start, and a large model on CUDA -----------------------------------------------------------
@@ -373,20 +279,19 @@ def real(a):
 
 def start_up(a):
     """Seconds from `python sample.py` to its prompt, beyond `import torch`, started in turns."""
+    start = functools.partial(subprocess.run, cwd=ROOT, stdin=subprocess.DEVNULL, check=True,
+                              capture_output=True)
     with tempfile.TemporaryDirectory() as folder:
         quick = ["train.py", "--max_iters", "1", "--n_dialogues", "200", "--out_dir", folder]
-        peers.run([sys.executable, *quick], cwd=ROOT)
-
-        def start(*code):
-            peers.run([sys.executable, *code], cwd=ROOT, stdin=subprocess.DEVNULL)
-
+        start([sys.executable, *quick])
+        chat = [sys.executable, "sample.py", "--ckpt", f"{folder}/ckpt.pt"]
         calls = {
-            "chat": functools.partial(start, "sample.py", "--ckpt", f"{folder}/ckpt.pt"),
-            "torch": functools.partial(start, "-c", "import torch"),
+            "chat": lambda: start(chat),
+            "torch": lambda: start([sys.executable, "-c", "import torch"]),
         }
         seconds = in_turns(calls, a.repeats(5), a.device)
-        chat, alone = statistics.median(seconds["chat"]), statistics.median(seconds["torch"])
-        return {"sample.py to its prompt, s": chat - alone}
+        beyond = statistics.median(seconds["chat"]) - statistics.median(seconds["torch"])
+        return {"sample.py to its prompt, s": beyond}
 
 
 def large(a):
@@ -451,15 +356,17 @@ def flat(found, path=""):
 def draw(turns, path):
     """Time to the first token against the turn of a chat."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (way, seconds), style in zip(turns.items(), ("o-", "s--", "^-", "v:")):
+    for way, seconds in turns.items():
         places = range(1, len(seconds) + 1)
         milliseconds = [1000 * x for x in seconds]
-        axes.plot(places, milliseconds, style, label=way, color=color(way.split(",")[0]))
+        name, _, no_cache = way.partition(", ")
+        line = "-." if no_cache else dashes(name)
+        axes.plot(places, milliseconds, line, marker=".", label=way, color=color(name))
     axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     axes.set(xlabel="turn of the chat", ylabel="time to the first token in ms", ylim=(0, None),
              title="A query of the same length at each turn")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save(figure, path, 150)
 
 
 def measure(a):
@@ -475,8 +382,6 @@ def measure(a):
         parts["124M training step"] = large
     if a.real:
         parts["the real model"] = real
-    if a.nanogpt:
-        parts["training beside nanoGPT"] = nanogpt
     figures = {"machine": machine.describe(), "dtype of training": str(a.dtype)[6:]}
     bar = tqdm(parts.items(), unit="part")
     for name, part in bar:
@@ -491,7 +396,7 @@ def measure(a):
 
 def main():
     with machine.errors_in_one_line("--quick needs less"):
-        a = machine.parse(Speed, "What ISM costs beside causal, and speed beside other programs.")
+        a = machine.parse(Speed, "What ISM costs beside causal, and how fast a chat writes.")
         check_writable(a.out, json=a.json)
         machine.tune_cpu()
         figures = measure(a)

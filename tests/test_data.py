@@ -346,15 +346,6 @@ def test_a_greeting_may_come_first():
     assert 50 < len(greeted) < 150
 
 
-def test_the_unseen_questions_are_not_trained_on():
-    unseen = (loader.CACHE.parent / "unseen_questions.txt").read_text(encoding="utf-8").splitlines()
-    assert len(set(unseen)) == 200
-    trained = set()
-    for d in generate("train", 10000, mixed=True):
-        trained |= {m["content"].lower().rstrip(".?!") for m in d["messages"]}
-    assert not {question for question in unseen if question.lower().rstrip(".?!") in trained - {""}}
-
-
 def test_small_talk_has_one_answer_each_and_the_unknown_one_for_all():
     queries = [query for _, queries in talk.TALK for query in queries]
     assert len(queries) == len(set(map(str.lower, queries))) > 400
