@@ -8,7 +8,7 @@ Folders in the Hugging Face format: LLaMA 2 to 3.x, TinyLlama, SmolLM2, Qwen2, Q
 """
 from data.hf.config import read_config, read_mask
 from data.hf.tokenizer import load_tokenizer
-from data.hf.weights import copy_small_files, from_pretrained, save_pretrained
+from data.hf.weights import WEIGHTS, copy_small_files, from_pretrained, save_pretrained
 
-__all__ = ["copy_small_files", "from_pretrained", "load_tokenizer", "read_config", "read_mask",
-           "save_pretrained"]
+__all__ = ["WEIGHTS", "copy_small_files", "from_pretrained", "load_tokenizer", "read_config",
+           "read_mask", "save_pretrained"]
