@@ -13,8 +13,9 @@ dialogues are of three kinds, each asked apart:
     gsm8k           sums told as a story, with a worked answer (Cobbe et al., 2021); masks are
                     compared problem by problem
 
-SmolLM2 was trained under causal. So the curves also tell how fast it learns to read both ways. Two
-commands with other --masks can run beside each other.
+SmolLM2 was trained under causal. So the curves also tell how fast it learns to read both ways;
+under ism_sink it starts nearer to it (demos/sink.py). Two commands with other --masks can run
+beside each other.
 """
 import functools
 import itertools

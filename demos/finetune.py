@@ -1,8 +1,11 @@
 """
 Fine-tune a published checkpoint under a mask with LoRA, and save it back in the format it came in.
 
-    python demos/finetune.py --init_from FOLDER --data chats.jsonl --out_dir tuned
+    python demos/finetune.py --init_from FOLDER --data chats.jsonl --mask ism_sink --out_dir tuned
     python sample.py --ckpt tuned
+
+A model that was trained causally starts far nearer to what it knows under ism_sink than under ism:
+demos/sink.py shows why.
 
 The loop is train.py's, with its settings. LoRA (Hu et al., 2021) leaves the weights W as they are
 and learns what is added to them, W x + alpha / rank * B (A x), where A and B have `rank` rows and
