@@ -41,20 +41,18 @@ from data.synthetic.families import generate, listed
 from data.synthetic.words import FOODS, NAMES, Random
 from demos.finetune import Finetune, finetune
 from demos.output import (
+    Study,
     add_run,
     by_group,
     check_masks,
-    check_writable,
     color,
     dashes,
-    interval,
-    made_by,
+    decimals,
     percent,
     picture,
     plt,
     read_figures,
     save,
-    seeds_of,
     table,
 )
 from mask import MASKS
@@ -64,17 +62,17 @@ KINDS = "question last", "dialogues", "gsm8k"
 
 
 @dataclass
-class Comparison:
+class Comparison(Study):
     """What is run and where it goes. Each field is a flag of the command line."""
 
-    full: bool = setting(False, "train what has no file in --runs yet")
+    COMMITTED = "real.json"
+
     init_from: str = setting("out/smollm2", "the Hugging Face folder to start from")
     kinds: str = setting("question last,dialogues", "of dialogues, with commas between")
     gsm8k: str = setting("", "a folder with GSM8K's train.jsonl and test.jsonl")
     problems: int = setting(1319, "how many of GSM8K's to test on")
     twice: bool = setting(False, "say each query twice, so that causal has seen how it ends")
     masks: str = setting("causal,ism", "names of masks, with commas between")
-    seeds: str = setting("0-2", "seeds of each: of the dialogues, LoRA and the order")
     rates: str = setting("1e-3,3e-3", "rates that the first seed tries, with commas between")
     steps: int = setting(120, "training steps")
     every: int = setting(20, "steps between two looks")
@@ -85,11 +83,10 @@ class Comparison:
     dtype: str = setting("auto", "to compute in, see train.py", machine.DTYPES)
     n: int = setting(400, "dialogues of each kind to train on; a tenth to test on")
     runs: str = setting("out/compare", "the folder of the runs, a file each")
-    json: str = setting("", "the figures (default: demos/real.json; of new runs RUNS.json)")
     out: str = setting(picture("real"), "the picture")
 
     def __post_init__(self):
-        self.all_seeds = seeds_of(self.seeds)
+        super().__post_init__()
         smallest = {"steps": 1, "every": 1, "batch_size": 1, "rank": 0, "n": 40}
         for name, least in smallest.items():
             if getattr(self, name) < least:
@@ -108,9 +105,6 @@ class Comparison:
         except ValueError:
             numbers = "expected numbers with commas between"
             raise ValueError(f"--rates {self.rates}: {numbers}") from None
-        if not self.json:
-            new = f"{self.runs}.json"
-            self.json = new if self.full else str(ROOT / "demos" / "real.json")
 
 
 # --- the dialogues ------------------------------------------------------------------------------
@@ -131,7 +125,7 @@ def named_once(rng):
     return f"Names: {listed(named)}. Which is there only once?", f"{once}."
 
 
-def missing(rng):
+def to_buy(rng):
     gone, *rest = rng.sample(FOODS, 5)
     items = rng.sample([gone, *rest], 5)
     return f"I need {listed(items)}. I have {listed(rest)}. What is missing?", f"{gone}."
@@ -154,7 +148,7 @@ def links(rng):
     return f"{' '.join(told)} Who is the boss of {chain[i]}'s boss?", f"{chain[i + 2]}."
 
 
-LAST = {"the n-th": nth, "only once": named_once, "missing": missing, "options first": options,
+LAST = {"the n-th": nth, "only once": named_once, "missing": to_buy, "options first": options,
         "shuffled facts": links}
 
 
@@ -275,7 +269,7 @@ def run_one(c, mask, seed, rate):
                 for kind, split in given["test"].items():
                     if kind == "gsm8k":
                         sums = loss_by_dialogue(run, split)
-                        record["pairs"] = {"loss": spelled(sums[0]), "tokens": spelled(sums[1])}
+                        record["pairs"] = dict(zip(("loss", "tokens"), map(on_one_line, sums)))
                         record["end"][kind] = [float(sums[0].sum() / sums[1].sum())]
                         continue
                     loss, right, families = ask(run, split)
@@ -314,7 +308,7 @@ def loss_by_dialogue(run, split):
     return sums.numpy()
 
 
-def spelled(numbers):
+def on_one_line(numbers):
     """Numbers as one line of a file of figures."""
     return " ".join(f"{x:.5g}" for x in numbers)
 
@@ -380,21 +374,16 @@ def report(figures):
         for run in figures["runs"] if run["seed"] == first
     ])
     found = at_best(figures)
-    losses, rights, families = {}, {}, {}  # {name: {seed: {kind or family: value}}} each
-    for name, runs in found.items():
-        ends = {run["seed"]: run["end"] for run in runs}
-        losses[name] = {seed: {k: end[k][0] for k in end} for seed, end in ends.items()}
-        rights[name] = {seed: {k: end[k][1] for k in end if len(end[k]) > 1}
-                        for seed, end in ends.items()}
-        families[name] = {run["seed"]: run["families"] for run in runs}
     n = max(map(len, found.values()))
     means = f"means of at most {n} seeds, 95 % t intervals" if n > 1 else "one seed"
-    for title, of_masks, told in (
-        ("Loss on held-out answers at the end", losses, decimals),
-        ("Whole held-out answers that are right, %", rights, percent),
-        ("The same by family", families, percent),
+    for title, of_run, told in (
+        ("Loss on held-out answers at the end", functools.partial(ends, which=0), decimals),
+        ("Whole held-out answers that are right, %", functools.partial(ends, which=1), percent),
+        ("The same by family", lambda run: run["families"], percent),
     ):
-        lines = by_group("held out", of_masks, told)
+        lines = by_group("held out", {
+            name: {run["seed"]: of_run(run) for run in runs} for name, runs in found.items()
+        }, told)
         if lines:
             table(f"{title}, {means}", lines)
     pairs = by_dialogue(found)
@@ -402,11 +391,18 @@ def report(figures):
         table("GSM8K, problem by problem: loss a token, ± 1.96 standard errors", pairs)
     steps = figures["runs"][0]["steps"]
     for kind in figures["runs"][0]["curves"]:
-        table(f"{kind}: loss after so many steps, {'mean of the seeds' if n > 1 else 'one seed'}", [
-            {"mask": mask, **{str(step): f"{np.mean(losses):.2f}" for step, losses in
-                              zip(steps, zip(*[curve(run, kind, 0) for run in runs]))}}
-            for mask, runs in found.items()
-        ])
+        rows = []
+        for mask, runs in found.items():
+            losses = np.array([run["curves"][kind] for run in runs])[:, :, 0].mean(0)
+            told = {str(step): f"{loss:.2f}" for step, loss in zip(steps, losses)}
+            rows.append({"mask": mask, **told})
+        table(f"{kind}: loss after so many steps, {'mean of the seeds' if n > 1 else 'one seed'}",
+              rows)
+
+
+def ends(run, which):
+    """By kind, a run's loss on test (which = 0) or share of answers that are right (1)."""
+    return {kind: end[which] for kind, end in run["end"].items() if which < len(end)}
 
 
 def by_dialogue(found):
@@ -431,17 +427,6 @@ def by_dialogue(found):
     return lines
 
 
-def decimals(values, sign=""):
-    """The mean of losses, with its interval."""
-    mean = f"{np.mean(values):{sign}.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {interval(values):.3f}"
-
-
-def curve(run, kind, which):
-    """One number of each look: the loss (which = 0) or the share of answers that are right (1)."""
-    return [look[which] for look in run["curves"][kind]]
-
-
 def draw(figures, path):
     """Losses and shares against steps, a column a kind; thin lines are seeds, thick ones means."""
     kinds = list(figures["runs"][0]["curves"])
@@ -449,8 +434,9 @@ def draw(figures, path):
                                 sharex=True, layout="constrained")
     for mask, runs in at_best(figures).items():
         for column, kind in zip(axes.T, kinds):
+            curves = np.array([run["curves"][kind] for run in runs])  # (seeds, evaluations, 2)
             for which, axis in enumerate(column):
-                lines = np.array([curve(run, kind, which) for run in runs]) * (1, 100)[which]
+                lines = curves[:, :, which] * (1, 100)[which]
                 axis.plot(runs[0]["steps"], lines.T, color=color(mask), alpha=0.3, lw=0.8)
                 axis.plot(runs[0]["steps"], lines.mean(0), dashes(mask), color=color(mask),
                           label=mask)
@@ -469,14 +455,7 @@ def draw(figures, path):
 def main():
     with machine.errors_in_one_line("lower --batch_size"):
         c = machine.parse(Comparison, "A published model under two masks.")
-        check_writable(c.out)
-        if c.full:
-            check_writable(json=c.json)
-            run_all(c)
-        figures = read_figures(c.json)
-        report(figures)
-        draw(figures, c.out)
-        print(f"\n{made_by(figures)}\nThe picture: {c.out}")
+        c.carry_out(run_all, report, draw)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@ What the demos put out: tables, pictures, and the figures of studies, which are 
 
     python demos/output.py    makes the pictures anew that are in the repository, in minutes
 """
+import functools
 import json
 import subprocess
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
 from data.checkpoint import write_json
+from data.machine import setting
 from mask import MASKS
 
 try:
@@ -90,6 +93,39 @@ def check_writable(*paths, json=""):
 # --- studies: runs by seed ----------------------------------------------------------------------
 
 
+@dataclass
+class Study:
+    """The flags that all studies have. COMMITTED: the file of figures in the repository."""
+
+    full: bool = setting(False, "train what has no file in --runs yet")
+    seeds: str = setting("0-2", "seeds of each")
+    runs: str = setting("", "the folder of the runs, a file each")
+    json: str = setting("", "the figures (default: the committed ones; of new runs RUNS.json)")
+    out: str = setting("", "the picture")
+
+    def __post_init__(self):
+        self.all_seeds = seeds_of(self.seeds)
+        if not self.json:
+            self.json = f"{self.runs}.json" if self.full else str(ROOT / "demos" / self.COMMITTED)
+
+    def carry_out(self, run_all, report, draw):
+        """Run what is missing if --full asks for it; print and draw the figures.
+
+        run_all() calls `add_run` for each run; report(figures) prints; draw(figures, path).
+        """
+        check_writable(self.out)
+        if self.full:
+            check_writable(json=self.json)
+            run_all(self)
+        figures = read_figures(self.json)
+        report(figures)
+        draw(figures, self.out)
+        commits = ", ".join(sorted({run["commit"] for run in figures["runs"]}))
+        machines = "; ".join(sorted({run["cpu"] for run in figures["runs"]}))
+        print(f"\nMade by `{figures['command']}`, commit {commits}, on {machines}.")
+        print(f"The picture: {self.out}")
+
+
 def seeds_of(text):
     """The seeds that a flag names: "4-15", "3" or "0,2". ValueError if it names none."""
     seeds = []
@@ -105,10 +141,10 @@ def seeds_of(text):
 
 
 def add_run(path, make, figures):
-    """Make one run's record if it has no file yet; then all files beside it are the figures.
+    """Make a run's record if it has no file yet, and gather all records in the file `figures`.
 
-    path: of the run's own file. So a study that was stopped goes on, and commands with other seeds
-    can run beside each other. figures: the file of all runs.
+    path: the run's own file; make() returns the record. All files in its folder are gathered. So a
+    study that was stopped goes on, and commands with other seeds can run beside each other.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,13 +164,6 @@ def read_figures(path):
     except (OSError, ValueError, KeyError, TypeError):
         how = "name a file that --full has written"
         raise ValueError(f"{path} holds no figures of this demo; {how}") from None
-
-
-def made_by(figures):
-    """Where figures come from, in a sentence."""
-    commits = ", ".join(sorted({run["commit"] for run in figures["runs"]}))
-    machines = "; ".join(sorted({run["cpu"] for run in figures["runs"]}))
-    return f"Made by `{figures['command']}`, commit {commits}, on {machines}."
 
 
 def commit():
@@ -171,7 +200,7 @@ def table(title, rows):
 def by_group(title, found, told):
     """Rows for `table`, one a group of {name: {seed: {group: value}}}; ISM - causal, seed by seed.
 
-    told: makes a cell of a list of values, as `percent` does.
+    told: `percent` or `decimals`, which makes a cell of a list of values.
     """
     lines = []
     causal = next((name for name in found if name.startswith("causal")), None)
@@ -208,12 +237,15 @@ def interval(values):
     return T975[min(n, 16) - 2] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
 
 
-def percent(values, sign=""):
-    """The mean of shares in percent, with its interval."""
+def decimals(values, sign="", digits=3, times=1):
+    """A mean with its interval as text: of losses; of shares see `percent`."""
     if len(values) == 0:
         return "-"
-    mean = f"{100 * np.mean(values):{sign}.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * interval(values):.1f}"
+    mean = f"{times * np.mean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {times * interval(values):.{digits}f}"
+
+
+percent = functools.partial(decimals, digits=1, times=100)
 
 
 if __name__ == "__main__":

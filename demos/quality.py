@@ -7,7 +7,7 @@ seeds of each, each seed with its own data and weights:
 
     python demos/quality.py                        prints and draws the committed figures
     python demos/quality.py --full --seeds 4-15    trains, 6 minutes a run, into out/quality.json
-    python demos/quality.py --quick                runs of a handful of steps, to see that it works
+    python demos/quality.py --quick                trains for a handful of steps, to try it
 
 Each run is a command of its own: python train.py --mask causal --seed 1 --out_dir FOLDER. Then the
 model chats with itself, as in BotChat: its own answers stand in the history in place of the right
@@ -31,18 +31,15 @@ from data.checkpoint import load_checkpoint
 from data.machine import setting
 from data.synthetic import generate
 from demos.output import (
+    Study,
     add_run,
     by_group,
-    check_writable,
     color,
     interval,
-    made_by,
     percent,
     picture,
     plt,
-    read_figures,
     save,
-    seeds_of,
     table,
 )
 from sample import load_chat
@@ -57,28 +54,25 @@ QUICK = "--max_iters 6 --n_dialogues 40 --n_embd 32 --batch_size 2 --device cpu"
 
 
 @dataclass
-class Study:
+class Quality(Study):
     """What is run and where it goes. Each field is a flag of the command line."""
 
-    full: bool = setting(False, "train what has no file in --runs yet")
+    COMMITTED = "quality.json"
+
     quick: bool = setting(False, "the same in a handful of steps")
     rows: str = setting("causal;ism", f"what is run: some of {';'.join(ROWS)}")
-    seeds: str = setting("0-2", "seeds of each")
     chats: int = setting(200, "dialogues in which the model chats with itself")
-    runs: str = setting("out/quality", "the folder of the runs")
-    json: str = setting("", "the figures (default: demos/quality.json; of new runs RUNS.json)")
+    runs: str = setting("out/quality", "the folder of the runs, a file each")
     out: str = setting(picture("quality"), "the picture")
 
     def __post_init__(self):
-        self.all_seeds = seeds_of(self.seeds)
+        self.full = self.full or self.quick
+        super().__post_init__()
         if self.chats < 1:
             raise ValueError(f"--chats must be at least 1, not {self.chats}")
         for row in self.rows.split(";"):
             if row not in ROWS:
                 raise ValueError(f"--rows: '{row}' is none of {';'.join(ROWS)}")
-        if not self.json:
-            new = f"{self.runs}.json"
-            self.json = new if self.full or self.quick else str(ROOT / "demos" / "quality.json")
 
 
 # --- the runs -----------------------------------------------------------------------------------
@@ -196,15 +190,8 @@ def draw(figures, path):
 
 def main():
     with machine.errors_in_one_line("see train.py --help"):
-        study = machine.parse(Study, "Quality under the masks: whole runs of train.py.")
-        check_writable(study.out)
-        if study.full or study.quick:
-            check_writable(json=study.json)
-            run_all(study)
-        figures = read_figures(study.json)
-        report(figures)
-        draw(figures, study.out)
-        print(f"\n{made_by(figures)}\nThe picture: {study.out}")
+        study = machine.parse(Quality, "Quality under the masks: whole runs of train.py.")
+        study.carry_out(run_all, report, draw)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from helpers import run
 
 from data.synthetic import generate
 from demos import quality
-from demos.quality import ROWS, Study, run_all, self_chat
+from demos.quality import ROWS, Quality, run_all, self_chat
 from sample import load_chat
 
 
@@ -56,14 +56,14 @@ def test_a_study_goes_on_where_it_was_stopped(made, monkeypatch):
     written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/ckpt.pt")}
     flags = dict(quick=True, rows="ism", chats=6, runs=str(folder / "runs"))
     monkeypatch.setattr("sys.argv", ["quality.py"])
-    run_all(Study(seeds="3", **flags))
+    run_all(Quality(seeds="3", **flags))
     again = json.loads(path.read_text(encoding="utf-8"))
     for record in (again, lost):
         del record["seconds"], record["settings"]
     assert again == lost
     changed = [path for path, before in written.items() if path.stat().st_mtime_ns != before]
     assert [path.parent.name for path in changed] == ["ism-3"]
-    run_all(Study(seeds="2-3", **flags))
+    run_all(Quality(seeds="2-3", **flags))
     figures = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
     runs = {(record["row"], record["seed"]) for record in figures["runs"]}
     assert runs == {("prefix", 3), ("ism", 3), ("ism", 2)}
