@@ -140,6 +140,21 @@ def one_pass(mask):
     return torch.equal(mask(first_turn), f[:, :4])
 
 
+def row_ends(mask, segments):
+    """Segments of a dialogue, a list -> where the rows end that train all its answers, a list.
+
+    It is one row with all tokens, or where one pass is not enough, a row a turn up to its answer.
+    """
+    return [len(segments)] if one_pass(mask) else answer_ends(segments)
+
+
+def answer_ends(segments):
+    """Segments of a dialogue, a list -> how many tokens stand up to the end of each answer."""
+    pairs = zip(segments, [*segments[1:], None])  # each token's segment and that of the next one
+    return [j for j, (number, following) in enumerate(pairs, 1)
+            if number % 2 == 0 and number != following]
+
+
 def annealed(mask, share):
     """The mask that has gone `share` (0 to 1) of the way from causal to `mask`, in whole tokens."""
 

@@ -30,7 +30,6 @@ class Settings:
     skip_bad: bool = setting(False, "go on without lines of the file that cannot be read")
     n_dialogues: int = setting(30000, "synthetic dialogues to train on")
     families: str = setting(",".join(FAMILIES), "of synthetic dialogues, to train and report on")
-    mixed: bool = setting(True, "synthetic dialogues may change their subject")
     tokenizer: str = setting("nanoism", "'nanoism' or the name of a tiktoken encoding")
     init_from: str = setting("", "start from the weights of a Hugging Face folder")
     out_dir: str = setting("out", "where the checkpoint and the figures go")
@@ -44,12 +43,7 @@ class Settings:
     block_size: int = setting(256, "longest context in tokens")
     n_layer: int = setting(2, "blocks")
     n_head: int = setting(2, "query heads")
-    n_kv_head: int = setting(0, "key and value heads; 0: as many as query heads")
     n_embd: int = setting(96, "width")
-    qkv_bias: bool = setting(False, "biases on queries, keys and values")
-    qk_norm: bool = setting(True, "norms on queries and keys")
-    tie_embeddings: bool = setting(True, "one matrix for the embedding and the head")
-    token_shift: bool = setting(True, "before attention, add shares of the three positions before")
     answers_only: bool = setting(True, "loss on answers alone, not on queries")
     anneal: int = setting(0, "steps in which the mask goes from causal to its own")
     learning_rate: float = setting(None, "peak (default: 0.008, with --init_from 2e-5)")
@@ -66,7 +60,7 @@ class Settings:
     def __post_init__(self):
         if self.learning_rate is None:
             self.learning_rate = 2e-5 if self.init_from else 8e-3
-        from_zero = "seed", "n_kv_head", "warmup_iters", "anneal"
+        from_zero = "seed", "warmup_iters", "anneal"
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in from_zero else 1
@@ -236,7 +230,7 @@ def begin(s, model=None, splits=None, watch=None):
     if s.resume:
         state = checkpoint.load_state(out / "ckpt.pt", config, tokenizer.identity, s)
     if s.data:
-        machine.tell_idle(s, ("n_dialogues", "families", "mixed"), "beside --data")
+        machine.tell_idle(s, ("n_dialogues", "families"), "beside --data")
     else:
         machine.tell_idle(s, ["skip_bad"], "without --data")
     if s.mask == "causal":
@@ -292,11 +286,11 @@ def open_folder(s):
 
 def model_config(s, vocab_size):
     """The GPTConfig of the settings: a setting that is a field of it too reaches it."""
-    options = {"n_hidden": 2 * s.n_embd}
+    options = {"n_kv_head": s.n_head, "n_hidden": 2 * s.n_embd}
+    options |= {"qk_norm": True, "token_shift": True}
     for f in fields(GPTConfig):
         if hasattr(s, f.name):
             options[f.name] = getattr(s, f.name)
-    options["n_kv_head"] = s.n_kv_head or s.n_head
     return GPTConfig(**options | {"vocab_size": vocab_size})
 
 
@@ -313,8 +307,8 @@ def prepare(s, tokenizer):
     if machine.LOCAL_RANK > 0:
         torch.distributed.barrier()
     folder = loader.prepare(
-        tokenizer, s.block_size, s.data, s.n_dialogues, s.seed, s.mixed, s.skip_bad,
-        tuple(s.families.split(",")),
+        tokenizer, s.block_size, s.data, n_dialogues=s.n_dialogues, seed=s.seed,
+        families=tuple(s.families.split(",")), skip_bad=s.skip_bad,
     )
     if WORLD > 1 and machine.LOCAL_RANK == 0:
         torch.distributed.barrier()

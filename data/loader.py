@@ -21,7 +21,7 @@ from data.chats import read_chats
 from data.checkpoint import make_folder
 from data.machine import Bar
 from data.synthetic import FAMILIES, deal
-from mask import one_pass
+from mask import answer_ends, one_pass
 
 SPLITS = "train", "val", "test", "new_words"
 SIZES = {"val": 1000, "test": 2000, "new_words": 1000}  # dialogues of the held-out splits, at most
@@ -31,19 +31,19 @@ CACHE = HERE / "cache"
 A_DAY = 86400  # seconds
 
 
-def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, skip_bad=False,
-            families=tuple(FAMILIES)):
+def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAMILIES), seed=0,
+            skip_bad=False):
     """Write the splits to a cache, unless they are there already, and return their folder.
 
-    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families, mixed
-    as `deal` says. Dialogues longer than block_size are cut after the last answer that fits; those
-    without one are left out. ValueError for a bad file, or if none is left.
+    data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families.
+    Dialogues longer than block_size are cut after the last answer that fits; those without one are
+    left out. skip_bad: go on without bad lines. ValueError for a bad file, or if none is left.
     """
     if data and os.path.exists(data) and not os.path.isfile(data):
         raise ValueError(f"--data {data} is no file that can be read twice, as a pipe or a folder "
                          "is not; write the chats to a file")
     encoder = tokenizer.identity, tokenizer.default_system, tokenizer.encode_dialogue(PROBE)
-    made_from = encoder, block_size, bool(data), n_dialogues, seed, mixed, families, skip_bad
+    made_from = encoder, block_size, bool(data), n_dialogues, seed, families, skip_bad
     key = hashlib.sha256(repr(made_from).encode())
     # Whatever code here is edited, the data is made anew.
     for path in [*sorted(HERE.rglob("*.py")), *([data] if data else [])]:
@@ -63,7 +63,7 @@ def prepare(tokenizer, block_size, data="", n_dialogues=0, seed=0, mixed=False, 
         if data:
             splits = own_splits(data, encode, skip_bad)
         else:
-            splits = synthetic_splits(encode, n_dialogues, seed, mixed, families)
+            splits = synthetic_splits(encode, n_dialogues, seed, families)
         for split, rows in splits.items():
             write_split(partial, split, rows)
         (partial / "splits.json").write_text(json.dumps([*splits]), encoding="utf-8")
@@ -138,13 +138,13 @@ class Encoder:
 
     def __call__(self, messages):
         tokens, segments = self.tokenizer.encode_dialogue(messages)
-        end = last_answer(segments, self.block_size)
-        if end == 0:
+        ends = [end for end in answer_ends(segments) if end <= self.block_size]
+        if not ends:
             self.dropped += 1
             return None
         if len(tokens) > self.block_size:
             self.cut += 1
-            tokens, segments = tokens[:end], segments[:end]
+            tokens, segments = tokens[: ends[-1]], segments[: ends[-1]]
         return tokens, segments
 
     def tell(self):
@@ -153,10 +153,10 @@ class Encoder:
                   f"answer, {self.dropped} had no answer that fits and were left out")
 
 
-def synthetic_splits(encode, n_dialogues, seed, mixed, families):
+def synthetic_splits(encode, n_dialogues, seed, families):
     """{split: rows}, a row (tokens, segments, family). ValueError if one has none."""
     sizes = {split: min(SIZES.get(split, n_dialogues), n_dialogues) for split in SPLITS}
-    found = deal(sizes, seed, families, mixed)
+    found = deal(sizes, seed, families, mixed=True)
     rows = {split: [] for split in SPLITS}
     total = sum(sizes.values())
     for split, dialogue in Bar(found, "prepare", total, unit=" dialogues", leave=False):
@@ -227,16 +227,6 @@ def read_splits(folder):
     return {"val": splits["train"], "test": splits["train"], **splits}
 
 
-def last_answer(segments, block_size):
-    """Where the last whole answer within block_size tokens ends; 0 if there is none."""
-    for end in range(min(len(segments), block_size), 0, -1):
-        number = segments[end - 1]
-        following = segments[end] if end < len(segments) else None
-        if number % 2 == 0 and following != number:
-            return end
-    return 0
-
-
 def padded_length(length):
     """Rounds lengths from 80 on up to a multiple of 8, so that fewer shapes are prepared."""
     return length if length < 80 else -(-length // 8) * 8
@@ -261,10 +251,8 @@ class Split:
         first, last = self.offsets[:-1], self.offsets[1:]
         if one_pass(mask):
             return np.stack([np.arange(len(first)), first, last], 1)
-        segments = np.asarray(self.segments)
-        change = np.append(segments[1:] != segments[:-1], True)
-        change[last - 1] = True
-        ends = np.flatnonzero(change & (segments % 2 == 0)) + 1  # the end of each answer
+        # Each dialogue begins with segment 1, and none that has an answer ends with it.
+        ends = np.array(answer_ends(self.segments.tolist()))
         dialogue = np.searchsorted(last, ends)
         return np.stack([dialogue, first[dialogue], ends], 1)
 

@@ -4,6 +4,7 @@ How many whole answers are exactly right: by family of dialogues, by turn, and t
 import numpy as np
 
 from data.synthetic import PATTERNS
+from data.synthetic.families import reasoning_kind
 from data.synthetic.words import NEW_CITIES, NEW_NAMES
 
 
@@ -34,13 +35,6 @@ def by_kind(split, answers, tokenizer):
         kinds.append(kind)
     kinds = np.array(kinds)
     return fractions(answers[:, 2], {kind: kinds == kind for kind in np.unique(kinds) if kind})
-
-
-def reasoning_kind(query):
-    """What a query of the family `reasoning` asks for; of definitions, how many additions."""
-    if "=" in query:
-        return f"definitions, {query.count('+')} steps"
-    return "missing from a list"
 
 
 def fractions(right, groups):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import machine
 from data.tokenizer import Tokenizer
-from mask import MASKS, causal, draw, ism, one_pass, prefix, reusable
+from mask import MASKS, causal, draw, ism, prefix, reusable, row_ends
 from model import GPT, Cache, GPTConfig
 
 STUB = '''"""
@@ -508,10 +508,7 @@ def count_pairs(name, lengths):
     mask = MASKS[name]
     numbers = torch.arange(1, len(lengths) + 1)
     row = torch.repeat_interleave(numbers, torch.tensor(lengths))[None]  # (1, T)
-    copies = [row]
-    if not one_pass(mask):
-        copies = [row[:, : sum(lengths[:k])] for k in range(2, len(lengths) + 1, 2)]
-    return sum(int(mask(copy).sum()) for copy in copies)
+    return sum(int(mask(row[:, :end]).sum()) for end in row_ends(mask, row[0].tolist()))
 
 
 # --- 6 ------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from data.machine import setting
 from data.synthetic import generate
 from data.tokenizer import Tokenizer
 from demos.output import check_masks, check_writable, picture, plt, save, table
-from mask import MASKS, loss_positions, one_pass, reusable
+from mask import MASKS, loss_positions, one_pass, reusable, row_ends
 from model import GPT, Cache, GPTConfig
 
 DIALOGUE = [
@@ -69,10 +69,7 @@ def copies(mask, segments):
 
     The copy of a turn ends with the turn's answer.
     """
-    if one_pass(mask):
-        return [segments]
-    ends = borders(segments[0].tolist())[1:]
-    return [segments[:, :end] for end in ends if segments[0, end - 1] % 2 == 0]
+    return [segments[:, :end] for end in row_ends(mask, segments[0].tolist())]
 
 
 def count(name, dialogues):

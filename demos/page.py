@@ -25,7 +25,7 @@ from data import machine
 from data.machine import setting
 from data.synthetic import generate
 from data.tokenizer import Tokenizer
-from mask import MASKS, reusable
+from mask import MASKS, answer_ends, reusable
 from sample import load_chat
 
 ANNA = [
@@ -100,17 +100,6 @@ def model_data(model, tokenizer, tokens, f):
     return {"weights": base64.b64encode(raw).decode(), "following": following, "top": top}
 
 
-def turn_ends(segments):
-    """How many tokens stand up to the end of each answer."""
-    T = len(segments)
-    ends = []
-    for j in range(1, T + 1):
-        ends_here = j == T or segments[j] != segments[j - 1]
-        if ends_here and segments[j - 1] % 2 == 0:
-            ends.append(j)
-    return ends
-
-
 @torch.inference_mode()
 def describe(name, messages, tokenizer, model=None, masks=MASKS):
     """A dialogue as the page takes it: tokens, segments, and for each turn and mask what it is.
@@ -121,7 +110,7 @@ def describe(name, messages, tokenizer, model=None, masks=MASKS):
     before = {mask: torch.zeros(1, 0, dtype=torch.long) for mask in masks}
     turns = []
     # A large model takes minutes.
-    for end in machine.Bar(turn_ends(segments), name, leave=False, disable=model is None):
+    for end in machine.Bar(answer_ends(segments), name, leave=False, disable=model is None):
         # f of the dialogue as it stands at this turn's end, and what of the cache holds under it.
         fs = {name: mask(torch.tensor([segments[:end]])) for name, mask in masks.items()}
         turn = {

@@ -109,7 +109,7 @@ def self_chat(path, n):
     settings = load_checkpoint(path)["settings"]
     chat = load_chat(path, max_new_tokens=64)
     turns = []
-    for dialogue in generate("test", n, settings["seed"], mixed=settings["mixed"]):
+    for dialogue in generate("test", n, settings["seed"], mixed=True):
         messages = dialogue["messages"]
         chat.messages = [m for m in messages[:1] if m["role"] == "system"]
         chat.reset()

@@ -115,7 +115,7 @@ def training(a):
     """A pass of training over the same dialogues under each mask; for prefix a copy a turn."""
     s = Settings(n_dialogues=400, device=str(a.device), dtype=str(a.dtype)[6:])
     tokenizer = Tokenizer(s.tokenizer)
-    split = Split(prepare(tokenizer, s.block_size, "", s.n_dialogues), "train")
+    split = Split(prepare(tokenizer, s.block_size, n_dialogues=s.n_dialogues), "train")
     some = Some(split, 30 if a.quick else 120)
     splits = {"train": some, "test": Some(some, 1)}
     seconds = {name: [] for name in ("causal", "ism", "prefix")}

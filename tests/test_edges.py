@@ -573,7 +573,7 @@ def test_no_clipping_is_clipping_at_no_bound(tmp_path):
 
 ENDS = dict(
     decay=[0.0, 1.0], weight_decay=[0.0], warmup_iters=[0, 10**9], anneal=[1, 10**9],
-    n_kv_head=[1], grad_accum=[10**6], batch_size=[1], eval_interval=[1], max_iters=[1],
+    grad_accum=[10**6], batch_size=[1], eval_interval=[1], max_iters=[1],
     n_dialogues=[1], seed=[2**64 - 1],
 )
 
@@ -1005,8 +1005,8 @@ def asked(monkeypatch, words):
 @signals
 def test_a_flag_that_the_folder_decides_is_one_line(tmp_path, last_words, folder, chats):
     flags = "--init_from", str(folder), "--out_dir", str(tmp_path / "out"), "--data", chats
-    for flag in ("--n_layer=3", "--no-qk_norm", "--tokenizer=gpt2"):
-        name = flag.split("=")[0].replace("no-", "")
+    for flag in ("--n_layer=3", "--tokenizer=gpt2"):
+        name = flag.split("=")[0]
         assert f"{name} is that of the folder" in last_words(finetune_module, *flags, flag)
     # Nothing of the folder is written before the data are read.
     empty = tmp_path / "empty.jsonl"
@@ -1137,8 +1137,8 @@ def test_a_config_with_two_names_for_one_thing(tmp_path, folder):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (dict(data=True, families="follow-up", mixed=False),
-     "beside --data: --n_dialogues, --families, --mixed"),
+    (dict(data=True, families="follow-up"),
+     "beside --data: --n_dialogues, --families"),
     (dict(skip_bad=True), "without --data: --skip_bad"),
     (dict(mask="causal", anneal=2), "under causal, where it begins: --anneal"),
     (dict(data=True, init_from=True, lora=False, rank=4), "beside --no-lora: --rank"),

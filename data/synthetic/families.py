@@ -539,6 +539,11 @@ def missing(rng, words):
     return query, f"The second list has no {gone}."
 
 
+def reasoning_kind(query):
+    """Which of the two made a query; of definitions, how many additions resolve them."""
+    return f"definitions, {query.count('+')} steps" if "=" in query else "missing from a list"
+
+
 def reasoning(rng, words):
     for _ in range(rng.randint(2, 5)):
         yield rng.choice((definitions, missing))(rng, words)
