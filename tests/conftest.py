@@ -54,6 +54,40 @@ def last_words(monkeypatch, handlers):
     return run
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Prepared data go to a folder of the test's own."""
+    monkeypatch.setattr("data.loader.CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of the smallest run; its path has a space."""
+    from helpers import tiny
+
+    from train import train
+
+    out = tmp_path_factory.mktemp("a run")
+    train(tiny(out))
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random checkpoint in the Hugging Face format."""
+    from helpers import make_folder
+
+    return make_folder(tmp_path / "folder")
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """The path of a file of twelve chats."""
+    from helpers import line_of_chat, write_lines
+
+    return write_lines(tmp_path / "chats.jsonl", [line_of_chat(n) for n in range(12)])
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: the full count of a repeated test, run by -m slow")
     config.addinivalue_line("markers", "cuda: needs a CUDA device")

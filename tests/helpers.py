@@ -1,12 +1,15 @@
 """What the tests share: a tiny model and chat, random dialogues, files of chats, a naive f."""
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
+from torch.overrides import TorchFunctionMode
 
 from data.hf import read_config, save_pretrained
 from data.hf.tokenizer import SYMBOLS
@@ -14,6 +17,7 @@ from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
 from model import GPT, GPTConfig
 from sample import Chat
+from train import Settings
 
 TOKENIZER = Tokenizer()
 
@@ -191,3 +195,51 @@ TINY = dict(
     dtype="float32",
     device="cpu",
 )
+# The smallest run: two steps of one block.
+LEAST = {**TINY, "n_layer": 1, "n_dialogues": 30, "max_iters": 2}
+
+
+def tiny(out, **changed):
+    """The settings of the smallest run, some of them changed."""
+    return Settings(**{**LEAST, "out_dir": str(out), **changed})
+
+
+def flags_of(**settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def slots_of(state):
+    """The dicts of tensors that a checkpoint holds: the model's, and one of each optimizer slot."""
+    return [state["model"], *state["optimizer"]["state"].values()]
+
+
+def fails(call, *arguments, **options):
+    """What an error of the user's says, which is one line."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments, **options)
+    said = str(error.value)
+    assert said and "\n" not in said
+    return said
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="as Linux and macOS have it")
+USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+
+
+class OnCpu(TorchFunctionMode):
+    """What is asked of another device is done on the CPU; copies are written down."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.pin_memory:
+            return args[0]
+        if function is torch.Tensor.to:
+            self.copies.append(kwargs)
+        here = [torch.device("cpu") if isinstance(x, torch.device) else x for x in args]
+        if isinstance(kwargs.get("device"), torch.device):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return function(*here, **kwargs)

@@ -5,12 +5,11 @@ import sys
 
 import pytest
 import torch
-from helpers import TOKENIZER, check_cache, make_chat, run
+from helpers import TOKENIZER, check_cache, make_chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample as sample_module
-import train as train_module
 from data.machine import printable
 from mask import MASKS
 from model import faster, sdpa
@@ -281,39 +280,3 @@ def test_what_a_terminal_sends(monkeypatch, capsys):
 
 def test_printable():
     assert printable("a\x1b[31m\x07é\n") == "a\ufffd[31m\ufffdé\n"
-
-
-
-
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ((sample_module, "--ckpt", "no-such.pt"), "python train.py"),
-        ((sample_module, "--ckpt", "README.md"), "not a checkpoint"),
-        ((sample_module, "--ckpt", "demos"), "neither the ckpt.pt"),
-        ((sample_module, "--temperature", "-1"), "--temperature must be from 0 on"),
-        ((sample_module, "--nonsense"), "unrecognized"),
-        ((train_module, "--mask", "foo"), "'causal', 'prefix', 'ism'"),
-        ((train_module, "--max_iters", "many"), "int"),
-        ((train_module, "--device", "tpu"), "there is"),
-        ((train_module, "--n_embd", "130"), "n_embd"),
-        ((train_module, "--max_iter", "3"), "unrecognized"),
-        ((train_module, "--max_iters", "-5"), "at least 1"),
-        ((train_module, "--learning_rate", "nan"), "from 0 on"),
-        ((train_module, "--resume"), "no checkpoint"),
-        ((train_module, "--data", "no-such.jsonl"), "no-such.jsonl"),
-        ((train_module, "--tokenizer", "foo"), "nanoism"),
-    ],
-)
-def test_user_errors_are_one_line(arguments, words, tmp_path, last_words):
-    out = ("--out_dir", str(tmp_path)) if arguments[0] is train_module else ()
-    assert words in last_words(*arguments, *out)
-
-
-def test_an_error_is_one_line_of_the_program_too():
-    for program in ("sample.py", "train.py"):
-        done = run(program, "--nonsense")
-        assert done.returncode == 1 and not done.stdout
-        assert done.stderr.startswith(f"{program}: unrecognized") and done.stderr.count("\n") == 1

@@ -231,3 +231,39 @@ def test_weights_in_a_file_reach_the_training(tmp_path, monkeypatch):
             trained = loss_positions(segments, MASKS["ism"](segments))
             learned = TOKENIZER.decode(tokens.roll(-1, 1)[trained].tolist())
             assert segments.max() == 2 and learned.startswith("say ")
+
+
+def test_columns_that_are_null_say_nothing_and_a_byte_order_mark_neither(tmp_path, capsys):
+    """Tables with a column for each form have null in the others."""
+    said = [USER, {**ANSWER, "content": [{"type": "output_text", "text": "y"}, {"text": ""}]}]
+    records = [
+        {"messages": said, "conversations": None, "instruction": None, "kto_tag": None},
+        {"messages": None, "conversations": said, "kto_tag": True},
+        {"messages": None, "instruction": "x", "output": "y"},
+        {"messages": said, "chosen": ANSWER, "rejected": {**ANSWER, "content": "z"}},
+    ]
+    path = tmp_path / "c.jsonl"
+    text = "\r\n".join(map(json.dumps, records))
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(read_chats(path)) == [[USER, ANSWER]] * 4
+    assert "1 times chosen, 1 times rejected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", [
+    {"weight": 0}, {"loss": False}, {"train": False}, {"training": False}, {"trainable": False},
+    {"loss_mask": 0}, {"mask": True}, {"loss_weight": 0.0}, {"loss_scale": 0}, {"label": False},
+    {"trained": False}, {"masked": 1}])
+def test_an_answer_that_another_tool_marks_is_not_learned(tmp_path, flag):
+    """Nor is any answer of a line that is marked; what is marked the other way is learned."""
+    path = tmp_path / "c.jsonl"
+    (key, value), = flag.items()
+    lines = [{"messages": [USER, {**ANSWER, key: x}]} for x in (value, 1 - value, None)]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    given = {**ANSWER, "given": True}
+    assert list(read_chats(path)) == [[USER, given], [USER, ANSWER], [USER, ANSWER]]
+    path.write_text(json.dumps({"messages": [USER, ANSWER], **flag}), encoding="utf-8")
+    if key == "label":
+        with pytest.raises(ValueError, match="'label' is false, so its answer"):
+            list(read_chats(path))
+    else:
+        assert next(read_chats(path))[1] == given

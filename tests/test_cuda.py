@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VARIANTS, make_model, random_dialogue
-from test_edges import OnCpu
+from helpers import VARIANTS, OnCpu, make_model, random_dialogue
 from test_model import decoded
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
