@@ -210,18 +210,17 @@ class Chat:
 import json
 import pathlib
 import re
-import shlex
 import shutil
 import sys
 import textwrap
 
 from data import hf, machine
 from data.chats import check_history
-from data.checkpoint import load_checkpoint, write_json
+from data.checkpoint import load_model, write_json
 from data.machine import one_line, printable
 from data.tokenizer import Tokenizer
 from mask import MASKS, draw
-from model import GPT, PACKED, GPTConfig, by_columns, faster, pack
+from model import PACKED, by_columns, faster, pack
 
 
 def query_tokens(chat, message):
@@ -319,7 +318,7 @@ def stored(model, device, dtype):
 
 def load_trained(path):
     """(model, tokenizer, name of the mask) of a checkpoint of train.py. ValueError if damaged."""
-    state = load_checkpoint(path)
+    model, state = load_model(path)
     settings = state["settings"]
     if settings["init_from"]:
         tokenizer = hf.load_tokenizer(path.parent)
@@ -328,14 +327,6 @@ def load_trained(path):
     if tokenizer.identity != state["tokenizer"]:
         other = f"was trained with another tokenizer ({state['tokenizer']})"
         raise ValueError(f"{path} {other}; here is {tokenizer.identity}")
-    model = GPT(GPTConfig(**state["config"]))
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError:
-        other = "holds other weights than a GPT's, LoRA's maybe"
-        folder = shlex.quote(str(path.parent))
-        merged = f"those are merged when the run ends: --ckpt {folder}"
-        raise ValueError(f"{path} {other}; {merged}") from None
     return model, tokenizer, settings["mask"]
 
 

@@ -23,8 +23,6 @@ from mask import MASKS, loss_positions
 class Settings:
     """What a run is made of. Each field is a flag of the command line."""
 
-    KEPT = ("mask",)  # what --resume must find as it was, beside the model and the tokenizer
-
     mask: str = setting("ism", "the attention mask", tuple(MASKS))
     data: str = setting("", "a JSONL file of chats; without it, synthetic dialogues")
     skip_bad: bool = setting(False, "go on without lines of the file that cannot be read")
@@ -228,7 +226,8 @@ def begin(s, model=None, splits=None, watch=None):
         config = model_config(s, tokenizer.vocab_size)
     state = None
     if s.resume:
-        state = checkpoint.load_state(out / "ckpt.pt", config, tokenizer.identity, s)
+        asked = {**asdict(config), "tokenizer": tokenizer.identity, "mask": s.mask}
+        state = checkpoint.load_state(out / "ckpt.pt", asked)
     if s.data:
         machine.tell_idle(s, ("n_dialogues", "families"), "beside --data")
     else:

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import secrets
+import shlex
 import shutil
 import tempfile
 import threading
@@ -204,8 +205,25 @@ def load_checkpoint(path):
     if version != VERSION:
         what = f"is a checkpoint of version {version}; this code reads version {VERSION}"
         raise ValueError(f"{path} {what}. Use the code that wrote it, or train again")
-    check_weights(path, state["model"], GPTConfig(**state["config"]))
     return state
+
+
+def load_model(path):
+    """(GPT, the checkpoint) of a checkpoint file. ValueError as of `load_checkpoint`."""
+    path = pathlib.Path(path)
+    state = load_checkpoint(path)
+    config = GPTConfig(**state["config"])
+    with torch.device("meta"):  # shapes without memory
+        other = other_weights(state["model"], GPT(config))
+    if other:
+        other = f"holds other weights than the GPT of model.py: {other}"
+        if (path.parent / "model.safetensors").exists():
+            folder = shlex.quote(str(path.parent))
+            other += f"; the model beside it is whole: --ckpt {folder}"
+        raise ValueError(f"{path} {other}")
+    model = GPT(config)
+    model.load_state_dict(state["model"])
+    return model, state
 
 
 def hint(path):
@@ -247,24 +265,15 @@ def checked(state):
     return {"model": tensors, **{key: state[key] for key in kept}}
 
 
-def check_weights(path, tensors, config):
-    """ValueError if the tensors of a file are not those of a GPT of its config."""
-    with torch.device("meta"):  # shapes without memory
-        wanted = {name: x.shape for name, x in GPT(config).state_dict().items()}
-    # While LoRA trains, a layer's own weights are one name deeper, beside LoRA's A and B.
-    found = {
-        name.replace(".linear.", "."): x.shape
-        for name, x in tensors.items() if not name.endswith((".A", ".B"))
-    }
-    if found == wanted:
-        return
-    told = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    told += [f"{name} is not one of them" for name in found.keys() - wanted.keys()]
-    told += [f"{name} is {tuple(found[name])}, not {tuple(wanted[name])}"
-             for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
+def other_weights(tensors, model):
+    """How tensors differ in names and shapes from the weights of a model; "" if they do not."""
+    wanted = model.state_dict()
+    told = [f"{name} is missing" for name in wanted if name not in tensors]
+    told += [f"{name} is not one of them" for name in tensors if name not in wanted]
+    told += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(x.shape)}"
+             for name, x in wanted.items() if name in tensors and tensors[name].shape != x.shape]
     more = f"; {len(told) - 3} more differ" if len(told) > 3 else ""
-    raise ValueError(f"{path} holds other weights than the GPT of model.py: "
-                     f"{'; '.join(sorted(told)[:3])}{more}")
+    return "; ".join(sorted(told)[:3]) + more
 
 
 def check_config(options, n_tensors):
@@ -298,15 +307,16 @@ def check_sizes(config):
             raise ValueError(f"{name} ({value}) must be from 1 to {LARGEST:,}")
 
 
-def load_state(path, config, identity, settings):
-    """The checkpoint to go on from. ValueError if its model, tokenizer or mask is another one."""
+def load_state(path, asked):
+    """The checkpoint to go on from. ValueError if it differs in one of the settings {name: value}.
+
+    They are settings of its run or of its model's config; "tokenizer" is the tokenizer's identity.
+    """
     state = load_checkpoint(path)
-    had = asdict(GPTConfig(**state["config"]))
-    had |= {"tokenizer": state["tokenizer"]}
-    had |= {name: state["settings"].get(name) for name in settings.KEPT}
-    asked = {**asdict(config), "tokenizer": identity}
-    asked |= {name: getattr(settings, name) for name in settings.KEPT}
-    differ = [f"{key} {had[key]}, not {asked[key]}" for key in asked if had[key] != asked[key]]
+    had = {**state["settings"], **asdict(GPTConfig(**state["config"]))}
+    had["tokenizer"] = state["tokenizer"]
+    differ = [f"{key} {had.get(key)}, not {value}" for key, value in asked.items()
+              if had.get(key) != value]
     if differ:
         what = f"has another model config: {'; '.join(differ)}"
         raise ValueError(f"{path} {what}. --resume needs the same settings")
@@ -335,12 +345,9 @@ def restore(state, model, optimizer, max_iters, path):
         other = "it has no optimizer"
     elif not all(isinstance(x, torch.Tensor) for slot in slots.values() for x in slot.values()):
         other = "its optimizer's numbers are no tensors"
+    other = other or other_weights(state["model"], model)
     if not other:
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError:
-            other = "it has other weights"
-    if not other:
+        model.load_state_dict(state["model"])
         # The groups' settings come from the flags.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
@@ -372,9 +379,7 @@ def other_slots(optimizer):
 
 def shrink(path, out):
     """Write a checkpoint to chat with: in bfloat16, without what the optimizer needs."""
-    state = load_checkpoint(path)
-    model = GPT(GPTConfig(**state["config"]))
-    model.load_state_dict(state["model"])
+    model, state = load_model(path)
     small = model.bfloat16().state_dict()
     save_checkpoint(out, **{**state, "model": small, "optimizer": {}})
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from data import machine
+from data.checkpoint import load_state
 from data.hf import from_pretrained, save_pretrained
 from data.machine import RANK, setting
 from data.scores import report
@@ -33,8 +34,6 @@ LINEAR = ("qkv", "out", "up", "down")  # of each block
 
 @dataclass
 class Finetune(Settings):
-    KEPT = ("mask", "lora", "rank", "alpha", "layers")
-
     lora: bool = setting(True, "train LoRA's matrices alone; --no-lora trains all weights")
     rank: int = setting(16, "rank of LoRA")
     alpha: float = setting(32.0, "LoRA's product is multiplied by alpha / rank")
@@ -101,6 +100,9 @@ def finetune(s, splits=None, watch=None):
     """
     # Absolute, should a watch change the working directory.
     source, out = pathlib.Path(s.init_from).absolute(), pathlib.Path(s.out_dir).absolute()
+    if s.resume and splits is None:
+        asked = {name: getattr(s, name) for name in ("lora", "rank", "alpha", "layers")}
+        load_state(out / "ckpt.pt", asked)
     if not s.lora:
         machine.tell_idle(s, ("rank", "alpha", "layers"), "beside --no-lora")
         model = from_pretrained(s.init_from, s.block_size)

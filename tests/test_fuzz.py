@@ -273,7 +273,8 @@ def resume(folder):
     path, config = folder / "ckpt.pt", GPTConfig(**tiny_state()["config"])
     model = GPT(config)
     optimizer = make_optimizer(model, Settings())
-    state = load_state(path, config, TOKENIZER.identity, Settings())
+    asked = {**asdict(config), "tokenizer": TOKENIZER.identity, "mask": "ism"}
+    state = load_state(path, asked)
     step = restore(state, model, optimizer, 4000, path)
     assert 0 <= step <= 4000
     one_step(model, optimizer)

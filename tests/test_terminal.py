@@ -190,7 +190,7 @@ def test_a_printed_command_can_be_pasted(tmp_path, monkeypatch, handlers, folder
     line = printed(finetune_module, *flags_of(**settings, init_from=folder, out_dir=out))
     assert asked(monkeypatch, line) == str(out)
     said = fails(load_chat, out / "ckpt.pt", "cpu")  # LoRA's weights, not merged
-    assert asked(monkeypatch, "python sample.py " + said.split("ends: ")[1]) == str(out)
+    assert asked(monkeypatch, "python sample.py " + said.split("whole: ")[1]) == str(out)
     said = fails(convert, "no.gguf", out, "bfloat16")
     assert asked(monkeypatch, said.split("(")[1].split(")")[0]) == str(out)
 

@@ -324,7 +324,7 @@ def test_commands(tmp_path, chats, monkeypatch):
         (train_module, (*flags, "--block_size", "999", "--resume"), "999 are asked for"),
         (finetune_module, (), "--init_from FOLDER is needed"),
         (finetune_module, (*flags, "--layers", "qkv,head"), "qkv,out,up,down"),
-        (sample_module, ("--ckpt", f"{out}/ckpt.pt"), "LoRA"),
+        (sample_module, ("--ckpt", f"{out}/ckpt.pt"), "the model beside it is whole: --ckpt"),
     ):
         monkeypatch.setattr(sys, "argv", ["x", *arguments])
         with pytest.raises(SystemExit, match=words) as error:
