@@ -5,37 +5,36 @@ Files of chats, one a line in JSON, in the forms that people have them:
     {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT, AgentInstruct
     {"instruction": "...", "input": "...", "output": "..."}             LLaMA-Factory, Alpaca
 
-Each key is used, refused by its name, or left out and counted, which is told at the end. Mixtures
-of the forms are read too. An answer of weight 0, or one that another flag of LEARNED or NOT_LEARNED
-marks so, is not learned: it is given to the model, as a query is. So are all answers of a line that
-is marked.
+A file may mix the forms. Each key of a line is used, or is an error, or is left out and counted; a
+line at the end tells the counts. A flag such as "weight": 0 (see LEARNED and NOT_LEARNED) marks an
+answer, or all answers of a line, as not to be learned. The model then reads them as queries.
 """
 import collections
 import json
 
 from data.tokenizer import ROLES
 
-# What a tool returns is given to the model, as what a user says is.
+# A tool's result is part of a query, as what a user says.
 ALIASES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "ai": "assistant", "model": "assistant", "developer": "system", "tool": "user",
     "function": "user", "observation": "user", "ipython": "user", "function_call": "assistant",
 }
-# Bytes of a dialogue in JSON, so that a file without line breaks cannot fill the memory.
+# The most bytes of a line, so that a file without line breaks cannot fill the memory.
 LONGEST_LINE = 1 << 24
-# What is not trained on, beside a text that is; told at the end.
+# Keys that may stand beside a text and are not trained on; a line at the end counts them.
 LEFT_OUT = {
     "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tools",
     "functions", "refusal", "chosen", "rejected",
 }
-CALLS = "tool_calls", "function_call"  # a message that is one may have no text
-# Whether an answer is learned, by the names that other tools have for it: 1 and true, 0 and false.
+CALLS = "tool_calls", "function_call"  # a message with such a key may have no text
+# Other tools' names for the flag that says whether an answer is learned: 1 and true, 0 and false.
 LEARNED = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training",
            "trainable", "trained", "label")
-NOT_LEARNED = "mask", "masked"  # the other way round
-BAD = "kto_tag", "label"  # of a line: whether its answer is a good one
-TEXTS = "text", "input_text", "output_text"  # types of the parts of a content that are read
-# Without these a text lies, or parts of an answer are learned that are marked as bad.
+NOT_LEARNED = "mask", "masked"  # here 1 and true say that it is not
+BAD = "kto_tag", "label"  # flags of a line; false says that its answer is a bad one
+TEXTS = "text", "input_text", "output_text"  # the types of parts of a content that are read
+# Without what these hold, a text would be wrong, or a bad part of an answer would be learned.
 REFUSED = ("images", "image", "videos", "video", "audios", "audio", "train_detail",
            "training_detail")
 BEGINNINGS = {  # of files that are no lines of JSON
@@ -50,8 +49,8 @@ FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", 
 def read_chats(path, skip_bad=False):
     """Yield the messages of each line, {"role": system, user or assistant, "content": str} each.
 
-    ValueError names the line, the message and what is wrong with it; skip_bad: such lines are left
-    out and counted. Prints a line at the end if anything was left out.
+    ValueError names the line, the message and what is wrong with it. With skip_bad such lines are
+    left out and counted. If anything was left out, a line at the end says so.
     """
     left_out, skipped = collections.Counter(), []
     for number, line in lines(path):
@@ -84,7 +83,7 @@ def lines(path):
 
 
 def read_chat(line, left_out):
-    """The messages of one line of bytes. ValueError, with words to stand behind "line 3"."""
+    """The messages of one line of bytes. ValueError, whose text goes behind "line 3"."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
@@ -109,7 +108,7 @@ def read_chat(line, left_out):
 
 
 def looks_like(line):
-    """What a line that is not JSON seems to be, and what to do about it."""
+    """What a line that is not JSON may be instead, and what to do about it."""
     for beginning, what in BEGINNINGS.items():
         if line.startswith(beginning):
             return f" but {what}"
@@ -120,7 +119,7 @@ def looks_like(line):
 
 
 def turns(record):
-    """The messages of a record as it has them. ValueError if it has none."""
+    """The messages of a record, in its own form. ValueError if it has none."""
     keys = [key for key in ("messages", "conversations", "conversation", "instruction")
             if record.get(key) is not None]
     if len(keys) > 1:
@@ -147,7 +146,7 @@ def turns(record):
 
 
 def read_message(i, m, left_out):
-    """One message as ours. ValueError, to go behind "line 3"."""
+    """One message in our form. ValueError, whose text goes behind "line 3"."""
     where = f", message {i}"
     if not isinstance(m, dict):
         raise ValueError(f"{where} is no object but a {type(m).__name__}")
@@ -172,7 +171,7 @@ def read_message(i, m, left_out):
 
 
 def count(found, left_out):
-    """Count what a record or a message has that is left out."""
+    """Counts the keys of a record or a message that are left out."""
     for key in sorted(LEFT_OUT & found.keys()):
         if found[key]:
             left_out[key] += 1
@@ -198,14 +197,14 @@ def read_content(content, where):
 
 
 def check_refused(found, where):
-    """ValueError if a record or a message has what cannot be left out."""
+    """ValueError if a record or a message has a key of REFUSED."""
     for key in REFUSED:
         if found.get(key):
             raise ValueError(f"{where}: '{key}' is not supported, only text; expected {FORM}")
 
 
 def is_trained(m, where):
-    """Whether no flag of a message, or of a whole line, says that it is not to be learned."""
+    """False if a flag of a message, or of a whole line, says that it is not to be learned."""
     trained = True
     for key in (*LEARNED, *NOT_LEARNED):
         value = m.get(key)
@@ -217,7 +216,7 @@ def is_trained(m, where):
 
 
 def check_history(messages):
-    """The messages of a conversation to go on from. ValueError says which is wrong, and why."""
+    """The messages of a conversation to go on from. ValueError says which one is wrong, and why."""
     expected = ("a history is a list of system, user and assistant messages that ends with the "
                 "assistant's")
     if not isinstance(messages, list) or not messages:

@@ -33,10 +33,10 @@ except ImportError:  # Windows
 
 @contextmanager
 def whole_file(path, former=None):
-    """A file to write bytes to. It takes its name when all is on the disk: whole or not at all.
+    """A file to write bytes to. It gets its name when all of it is on the disk.
 
-    A link is followed, and what is no regular file, such as /dev/null, is written as it is.
-    former: the name under which a file that is there already is kept.
+    A link is followed. A path that is no regular file, such as /dev/null, is written directly.
+    former: the path to which a file that has the name already is moved.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
@@ -66,28 +66,28 @@ def write_json(path, content):
     """Write a dict or a list as JSON, whole or not at all."""
     with whole_file(path) as file:
         text = json.dumps(content, indent=1, ensure_ascii=False)
-        # Half of a pair of surrogates, which UTF-8 has not, becomes what JSON writes for it.
+        # UTF-8 has no half of a pair of surrogates, so it is written as JSON's escape.
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def make_folder(path):
-    """The folder at a path, absolute, made if need be. OSError if nothing can be written there."""
+    """Makes a folder if there is none -> its absolute path. OSError if it cannot be written."""
     folder = pathlib.Path(path).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
-HELD = {}  # folder -> (the open file that keeps it locked, the thread that runs)
+HELD = {}  # folder -> (the open file that locks it, the thread whose run writes there)
 LOCK = "ckpt.pt.lock"
-WRITTEN = "ckpt.pt", "metrics.json", "model.safetensors"  # of a run, by whole_file
+WRITTEN = "ckpt.pt", "metrics.json", "model.safetensors"  # what a run writes by whole_file
 
 
 def hold(folder):
-    """Lock a folder for this process, and remove what a killed run has left half written there.
+    """Locks a folder for this process and removes what a killed run has left half written there.
 
-    ValueError if another run holds it. The lock ends with the process, however that ends. Where the
-    system has none, as on Windows, a second process in the folder is not noticed.
+    ValueError if another run holds it. The lock ends with the process, however that ends. Windows
+    has no such lock: there a second process in the folder goes unnoticed.
     """
     another = f"another run is writing to {folder}; name another --out_dir"
     file, thread = HELD.get(folder.resolve(), (None, None))
@@ -103,7 +103,7 @@ def hold(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(another) from None
-    except OSError:  # a disk without locks: another machine may be writing
+    except OSError:  # this disk has no locks, and another machine may be writing to it
         locked = False
     HELD[folder.resolve()] = file, threading.current_thread()
     if locked:
@@ -114,7 +114,7 @@ def hold(folder):
 
 
 def let_go(folder):
-    """Unlock a folder that `hold` has locked."""
+    """Unlocks a folder that `hold` has locked."""
     file, _ = HELD.pop(folder.resolve())
     file.close()
     (folder / LOCK).unlink(missing_ok=True)
@@ -122,13 +122,13 @@ def let_go(folder):
 
 # --- checkpoints --------------------------------------------------------------------------------
 
-VERSION = 1  # of what a checkpoint holds
+VERSION = 1  # of the form of checkpoints
 
 
 def save_checkpoint(path, former=None, **state):
-    """Write a checkpoint whole or not at all; former: as of `whole_file`.
+    """Writes a checkpoint, whole or not at all. former: see `whole_file`.
 
-    ValueError, and the last good one stays, if a number in it is not finite or the disk is full.
+    ValueError if a number in it is not finite or the disk is full; then the last good one stays.
     """
     for slots in (state["model"], *state["optimizer"].get("state", {}).values()):
         for name, x in slots.items():
@@ -137,7 +137,7 @@ def save_checkpoint(path, former=None, **state):
         with whole_file(path, former) as file:
             torch.save({"version": VERSION, "torch": str(torch.__version__), **state}, file)
     except (OSError, RuntimeError) as error:
-        # torch's own error may hide the system's.
+        # torch may raise an error of its own while it handles the system's.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
@@ -146,9 +146,9 @@ def save_checkpoint(path, former=None, **state):
 
 
 def put_away(path):
-    """Where the first save of a new run puts the checkpoint at its path: (a path, what to tell).
+    """Where a new run's first save moves the checkpoint that has its path: (path, line to print).
 
-    The path is None where there is none, or where one of more steps was put away before.
+    The path is None if there is no such checkpoint, or if ckpt.before.pt has more steps.
     """
     if not path.exists():
         return None, ""
@@ -164,7 +164,7 @@ def put_away(path):
 
 
 def steps_of(path):
-    """The steps of a checkpoint, be it of a model that was edited; 0 if it cannot be read."""
+    """The steps of a checkpoint, even of an edited model; 0 if it cannot be read."""
     try:
         check_archive(path)
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
@@ -183,15 +183,15 @@ def check_finite(x, step, what="the loss"):
 
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on the CPU. ValueError if it is missing or not ours.
+    """The dict that save_checkpoint wrote, on the CPU. ValueError for a missing or damaged file.
 
-    The file is not trusted: nothing in it is run, and it takes no more memory than its own size.
+    The file may be hostile: no code in it runs, and reading takes no more memory than its size.
     """
     path = pathlib.Path(path)
     instead = hint(path) or f"train one with: {machine.command('train.py')}"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}; {instead}")
-    GPTConfig()  # a mistake in it is not the file's
+    GPTConfig()  # if the reader has broken it, this is his traceback, and the file is not blamed
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -227,7 +227,7 @@ def load_model(path):
 
 
 def hint(path):
-    """What to do with a path that is no model here but may be one elsewhere; "" if nothing."""
+    """What to do with a path that other programs take for a model; "" if nothing is known."""
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         real = machine.command("demos/real.py", str(path), "--out_dir", path.stem)
@@ -241,7 +241,7 @@ def hint(path):
 
 
 def check_archive(path):
-    """ValueError for a file that claims more than it holds, or whose checksums do not agree."""
+    """ValueError if a file claims more bytes than it holds or a checksum is wrong."""
     with zipfile.ZipFile(path) as archive:
         claimed = sum(entry.file_size for entry in archive.infolist())
         if claimed > path.stat().st_size:
@@ -251,7 +251,7 @@ def check_archive(path):
 
 
 def checked(state):
-    """What a checkpoint of this version has to hold. ValueError, KeyError, ... if it does not."""
+    """What a checkpoint of this version must hold. Any exception if it does not."""
     tensors = state["model"]
     check_config(state["config"], len(tensors))
     if not all(isinstance(name, str) and x.is_contiguous() for name, x in tensors.items()):
@@ -277,7 +277,7 @@ def other_weights(tensors, model):
 
 
 def check_config(options, n_tensors):
-    """ValueError for a config of a file with types or sizes that would cost memory or time."""
+    """ValueError if a file's config has wrong types, or sizes that would cost memory or time."""
     for f in fields(GPTConfig):
         value = options.get(f.name, f.default)
         kinds = (int, float) if f.type is float else f.type
@@ -296,11 +296,11 @@ def check_config(options, n_tensors):
         raise ValueError("its heads are too large")
 
 
-LARGEST = 1 << 20  # size of a model that a file may claim
+LARGEST = 1 << 20  # the largest size of a model that a file may claim
 
 
 def check_sizes(config):
-    """ValueError if a config, as a file claims it, has a context or a vocabulary beyond measure."""
+    """ValueError if a file's config has no context or vocabulary, or a far too large one."""
     for name in ("block_size", "vocab_size"):
         value = getattr(config, name)
         if not 0 < value <= LARGEST:
@@ -324,7 +324,7 @@ def load_state(path, asked):
 
 
 def other_settings(state, settings):
-    """What is not as in the run that wrote the checkpoint: ["--seed 1, not 0", ...]."""
+    """The settings that the run that wrote a checkpoint did not have: ["--seed 1, not 0", ...]."""
     now, of_no_matter = asdict(settings), ("resume", "out_dir", "device", "eval_interval")
     return [
         f"--{name} {now[name]}, not {was}" for name, was in state["settings"].items()
@@ -333,7 +333,7 @@ def other_settings(state, settings):
 
 
 def restore(state, model, optimizer, max_iters, path):
-    """Give a checkpoint's numbers to the model and the optimizer: the step to go on from.
+    """Copies a checkpoint's numbers into the model and the optimizer -> the step to go on from.
 
     ValueError if they do not fit.
     """
@@ -378,7 +378,7 @@ def other_slots(optimizer):
 
 
 def shrink(path, out):
-    """Write a checkpoint to chat with: in bfloat16, without what the optimizer needs."""
+    """Writes a checkpoint to chat with: in bfloat16, without the optimizer's numbers."""
     model, state = load_model(path)
     small = model.bfloat16().state_dict()
     save_checkpoint(out, **{**state, "model": small, "optimizer": {}})

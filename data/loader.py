@@ -1,8 +1,8 @@
 """
 Dialogues on disk and in batches.
 
-`prepare` writes each split once as flat integer arrays, `Split` maps them into memory, and
-`Split.batches` sorts by length so that little is padded. Two dialogues never share a row.
+`prepare` writes each split once as flat integer arrays. `Split` maps them into memory, and its
+`batches` have rows of like length, so that there is little padding. No row holds two dialogues.
 """
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ from mask import answer_ends, one_pass
 
 SPLITS = "train", "val", "test", "new_words"
 SIZES = {"val": 1000, "test": 2000, "new_words": 1000}  # dialogues of the held-out splits, at most
-FEW = 100  # fewer chats of one's own are all trained on, since 5 % of them would show nothing
+FEW = 100  # of fewer chats all are trained on, since 5 % of them, held out, would show nothing
 HERE = pathlib.Path(__file__).parent
 CACHE = HERE / "cache"
 A_DAY = 86400  # seconds
@@ -45,18 +45,17 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     encoder = tokenizer.identity, tokenizer.default_system, tokenizer.encode_dialogue(PROBE)
     made_from = encoder, block_size, bool(data), n_dialogues, seed, families, skip_bad
     key = hashlib.sha256(repr(made_from).encode())
-    # Whatever code here is edited, the data is made anew.
+    # Each edit of code in data/ makes the data anew.
     for path in [*sorted(HERE.rglob("*.py")), *([data] if data else [])]:
         with open(path, "rb") as origin:
             for part in iter(lambda: origin.read(1 << 20), b""):
                 key.update(part)
     name = key.hexdigest()[:16]
-    for cache in caches():
-        if is_whole(cache / name):
-            return cache / name
     cache = writable_cache()
+    if is_whole(cache / name):
+        return cache / name
     encode = Encoder(tokenizer, block_size)
-    # Renamed when whole, so that a broken run leaves no cache.
+    # The folder gets its name when it is whole, so that a broken run leaves none.
     partial = cache / f"{name}.{secrets.token_hex(4)}{PARTIAL}"
     try:
         partial.mkdir()
@@ -71,8 +70,8 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
             shutil.rmtree(cache / name, ignore_errors=True)
             partial.rename(cache / name)
     except OSError as error:
-        if not is_whole(cache / name):  # it is if another run was faster
-            reason = error.strerror or "is the disk full?"  # numpy does not say
+        if not is_whole(cache / name):  # another run may have been faster
+            reason = error.strerror or "is the disk full?"  # numpy gives no reason
             raise ValueError(f"{cache / name} cannot be written ({reason})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,38 +80,32 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     return cache / name
 
 
-# A dialogue that has all that a layout has; its tokens are part of a cache's key.
+# A dialogue with each part of a layout. Its tokens are part of a cache's key.
 PROBE = [{"role": role, "content": "a"} for role in ("system", *("user", "assistant") * 2)]
-PARTIAL = ".half-made"  # ends the names of what is not whole yet
-
-
-def caches():
-    """The folders where prepared data is looked for. The first that can be written gets new data.
-
-    $NANOISM_CACHE alone if it is set. Else data/cache, or where the code was installed by another
-    user, this user's own cache.
-    """
-    if os.environ.get("NANOISM_CACHE"):
-        return [pathlib.Path(os.environ["NANOISM_CACHE"])]
-    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Without a home folder ~ stays as it is.
-    return [CACHE, pathlib.Path(own, "nanoism")] if os.path.isabs(own) else [CACHE]
+PARTIAL = ".half-made"  # the end of a folder's name until it is whole
 
 
 def writable_cache():
-    """The first of `caches` that can be written, cleared of what killed runs have left half made.
+    """The folder of prepared data, cleared of what killed runs have left half made.
 
-    ValueError if there is none.
+    It is $NANOISM_CACHE, or if that is not set, data/cache, or if another user has installed the
+    code, this user's own cache. ValueError if it cannot be written.
     """
-    for cache in caches():
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    caches = [CACHE]
+    if os.path.isabs(own):  # without a home folder ~ stays as it is
+        caches.append(pathlib.Path(own, "nanoism"))
+    if os.environ.get("NANOISM_CACHE"):
+        caches = [pathlib.Path(os.environ["NANOISM_CACHE"])]
+    for cache in caches:
         try:
             make_folder(cache)
         except OSError as error:
             reason = error.strerror
             continue
-        # Another machine or container may be writing here: only what is old was left.
+        # Another machine may be writing here, so only what is a day old is removed.
         for partial in cache.glob(f"*{PARTIAL}"):
-            with contextlib.suppress(FileNotFoundError):  # another run clears as well
+            with contextlib.suppress(FileNotFoundError):  # another run may clear it too
                 if time.time() - partial.stat().st_mtime > A_DAY:
                     shutil.rmtree(partial, ignore_errors=True)
         return cache
@@ -121,7 +114,7 @@ def writable_cache():
 
 
 def is_whole(folder):
-    """Whether a folder holds the splits that it says, of sizes that agree."""
+    """Whether all splits that a folder lists are there, with sizes that agree."""
     try:
         read_splits(folder)
     except Exception:  # a damaged file raises many types
@@ -130,7 +123,10 @@ def is_whole(folder):
 
 
 class Encoder:
-    """Messages -> (tokens, segments), cut to block_size; None if no answer fits. Counts both."""
+    """Messages -> (tokens, segments), cut to block_size; None if no answer fits.
+
+    It counts the dialogues that it cuts and those that it drops, and `tell` prints the counts.
+    """
 
     def __init__(self, tokenizer, block_size):
         self.tokenizer, self.block_size = tokenizer, block_size
@@ -154,7 +150,7 @@ class Encoder:
 
 
 def synthetic_splits(encode, n_dialogues, seed, families):
-    """{split: rows}, a row (tokens, segments, family). ValueError if one has none."""
+    """{split: rows}, a row is (tokens, segments, family). ValueError if a split has no row."""
     sizes = {split: min(SIZES.get(split, n_dialogues), n_dialogues) for split in SPLITS}
     found = deal(sizes, seed, families, mixed=True)
     rows = {split: [] for split in SPLITS}
@@ -172,11 +168,11 @@ def synthetic_splits(encode, n_dialogues, seed, families):
 
 
 def own_splits(data, encode, skip_bad):
-    """{split: rows} of a file of chats, drawn from those that fit. ValueError if none does.
+    """{split: rows} of a file of chats. ValueError if none fits into the context.
 
-    Of FEW and more 5 % are held out for each of "val" and "test".
+    Of FEW chats and more, "val" and "test" get 5 % each.
     """
-    # Each dialogue once, in an order that is not the file's.
+    # Each dialogue is taken once. A hash gives the order, since a file's own may mean something.
     different = {json.dumps(messages): messages for messages in read_chats(data, skip_bad)}
     if not different:
         raise ValueError(f"{data} holds no dialogue; expected one a line, in JSON")
@@ -197,7 +193,7 @@ def own_splits(data, encode, skip_bad):
 
 
 def write_split(folder, name, rows):
-    """Write rows (tokens, segments, family) as flat arrays."""
+    """Writes rows (tokens, segments, family) as flat arrays."""
     tokens, segments, offsets = array("I"), array("H"), [0]
     for row_tokens, row_segments, _ in rows:
         tokens.extend(row_tokens)
@@ -217,9 +213,9 @@ def write_split(folder, name, rows):
 
 
 def read_splits(folder):
-    """{name: Split} of the splits in a folder that hold anything.
+    """{name: Split} of the splits in a folder that are not empty.
 
-    Where nothing is held out, "val" and "test" are "train", the same object.
+    If nothing is held out, "val" and "test" are the same object as "train".
     """
     names = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
     splits = {name: Split(folder, name) for name in names}
@@ -228,7 +224,7 @@ def read_splits(folder):
 
 
 def padded_length(length):
-    """Rounds lengths from 80 on up to a multiple of 8, so that fewer shapes are prepared."""
+    """Rounds lengths from 80 on up to a multiple of 8, so that fewer kernel shapes are compiled."""
     return length if length < 80 else -(-length // 8) * 8
 
 
@@ -240,14 +236,14 @@ class Split:
             return np.load(folder / f"{name}.{part}.npy", mmap_mode="r")
 
         self.tokens, self.segments, self.offsets = read("tokens"), read("segments"), read("offsets")
-        self.families = read("families")  # (dialogues,) of each its family's place in family_names
+        self.families = read("families")  # (dialogues,) places in family_names
         self.family_names = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         sizes = len(self.tokens), len(self.segments), len(self.offsets)
         if sizes != (self.offsets[-1], self.offsets[-1], len(self.families) + 1):
             raise ValueError(f"{folder} is damaged; remove it")
 
     def rows(self, mask):
-        """(rows, 3) dialogue, start, end: a row a dialogue; a row a turn if the mask needs that."""
+        """(rows, 3) dialogue, start, end: a row a dialogue, or if the mask needs it, a turn."""
         first, last = self.offsets[:-1], self.offsets[1:]
         if one_pass(mask):
             return np.stack([np.arange(len(first)), first, last], 1)
@@ -257,7 +253,7 @@ class Split:
         return np.stack([dialogue, first[dialogue], ends], 1)
 
     def batches(self, rows, n_tokens, seed):
-        """Cut the rows into batches of at most n_tokens and 10 % padding, in random order.
+        """Cuts the rows into batches of at most n_tokens and 10 % padding, in random order.
 
         A row that is longer than n_tokens is a batch of its own.
         """
@@ -277,7 +273,7 @@ class Split:
     def collate(self, rows):
         """Rows -> tokens (B, T) int64, segments (B, T) int64, padded with 0 on the right."""
         longest = int((rows[:, 2] - rows[:, 1]).max())
-        # No longer than the longest dialogue, so that the context is never too short for padding.
+        # Padding stops at the longest dialogue's length, since that fits into the context.
         T = max(longest, min(padded_length(longest), int(np.diff(self.offsets).max())))
         tokens, segments = np.zeros((2, len(rows), T), dtype=np.int64)
         for i, (_, start, end) in enumerate(rows.tolist()):

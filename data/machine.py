@@ -32,12 +32,11 @@ if sys.version_info < (3, 10):  # below, `match` would be a SyntaxError
 
 # --- the command line ---------------------------------------------------------------------------
 
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent  # of the project
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags, whose errors are one line."""
+    """Parses the flags of a program. An error is one line."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
@@ -47,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def setting(default, help, choices=None):
-    """A field of a dataclass of settings. A default of None is told by the help itself."""
+    """A field of a dataclass of settings. If the default is None, the help says what holds."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -68,35 +67,32 @@ def parse(settings_class, description, argv=None):
 
 
 def tell_idle(settings, names, why):
-    """Print which of these settings are given although they have no effect, and why."""
+    """Print which of these settings the user has changed without effect, and why they have none."""
     given = [f"--{f.name}" for f in fields(settings)
              if f.name in names and getattr(settings, f.name) != f.default]
     if given and RANK == 0:
         print(f"without effect {why}: {', '.join(given)}")
 
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-
 def command(program, *arguments):
-    """The line that runs a program of this project, to be pasted into a terminal at this place."""
+    """The line that a user pastes into a terminal, in this folder, to run a program of ours."""
     here = pathlib.Path.cwd() == ROOT
     return f"python {shlex.join([program if here else str(ROOT / program), *arguments])}"
 
 
-# What drives a terminal: control characters but for line breaks and tabs, overrides of the
-# direction of writing; and halves of a pair of surrogates, which it cannot show.
+# Characters that control a terminal (not line breaks and tabs), that turn the direction of writing,
+# or that are half of a pair of surrogates, which a terminal cannot show.
 DRIVING = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text):
-    """Text as it may go to the terminal."""
+    """The text with U+FFFD for each character that would drive the terminal."""
     return DRIVING.sub("\ufffd", text)
 
 
 def one_line(error):
-    """An error's text in one line for the terminal. It may quote a file."""
+    """An error's text in one line for the terminal. The text may quote a hostile file."""
     return printable(" ".join(str(error)[:1000].split()))
 
 
@@ -119,7 +115,7 @@ def out_of_memory(error):
 
 
 class Bar(tqdm):
-    """A progress bar that falls silent, and stops nothing, where nobody reads it any more."""
+    """A progress bar. When nobody reads it any more, it falls silent and the program goes on."""
 
     def display(self, *args, **options):
         try:
@@ -143,9 +139,9 @@ class Bar(tqdm):
 
 @contextlib.contextmanager
 def errors_in_one_line(memory, stopped="stopped"):
-    """End the program with one line for what a user can mend; our own faults stay tracebacks.
+    """Within it, an error that the user can mend ends the program in a line. Others are tracebacks.
 
-    memory: what to do if there is too little of it; stopped: what to say of Ctrl-C.
+    memory: what the line says if there is too little of it; stopped: what it says after Ctrl-C.
     """
     name = os.path.basename(sys.argv[0])
     try:
@@ -165,7 +161,7 @@ def errors_in_one_line(memory, stopped="stopped"):
     except RuntimeError as error:
         if out_of_memory(error):
             sys.exit(f"{name}: out of memory; {memory}")
-        # This is what is left of a connection when its other end has died.
+        # torch raises this when the process at the other end of a connection has died.
         if WORLD > 1 and "peer" in str(error):
             why = "stops, because another one has stopped"
             sys.exit(f"{name}: process {RANK} {why}; --resume goes on from the last checkpoint")
@@ -173,7 +169,7 @@ def errors_in_one_line(memory, stopped="stopped"):
 
 
 def ends():
-    """The signals that end a program: Ctrl-C, a polite kill, a closed terminal but for nohup."""
+    """SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal closes) unless nohup has it ignored."""
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
         return [signal.SIGINT, signal.SIGTERM]
@@ -181,13 +177,16 @@ def ends():
 
 
 def end_as_interrupted():
-    """Let each of these signals raise KeyboardInterrupt, so that what is half made is removed."""
+    """Make these signals raise KeyboardInterrupt, so that `finally` can remove half-made files."""
     for number in ends():
         signal.signal(number, signal.default_int_handler)
 
 
 def until_stopped(items):
-    """The items up to a signal that ends, so that no step is cut in two; a second acts as ever."""
+    """Yields items until SIGINT, SIGTERM or SIGHUP and finishes the current one.
+
+    A second signal interrupts at once.
+    """
     asked, before = [], {}
 
     def ask(number, _):
@@ -199,7 +198,7 @@ def until_stopped(items):
             signal.signal(number, handler)
 
     try:
-        # Elsewhere, as in a thread of a notebook, Python allows no handlers.
+        # In another thread, as a notebook may start, Python allows no handlers.
         if threading.current_thread() is threading.main_thread():
             for number in ends():
                 before[number] = signal.signal(number, ask)
@@ -213,7 +212,7 @@ def until_stopped(items):
 
 @contextlib.contextmanager
 def on_interrupt(action):
-    """Ctrl-C calls the action; in a thread, where Python allows no handlers, it acts as ever."""
+    """Within it, Ctrl-C calls the action, but not in a thread, where Python allows no handlers."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: action()) if main else None
     try:
@@ -251,9 +250,9 @@ def check_torchrun():
 
 
 def pick_device(name):
-    """A torch device from its name, made the current one. ValueError if it is not there.
+    """Makes the torch device of a name the current one and returns it. ValueError if there is none.
 
-    auto is not MPS, see DEVICES.
+    auto never takes MPS, see DEVICES.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there = [*gpus, "cpu"]
@@ -275,16 +274,16 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The dtype to compute in; auto takes bfloat16 where products of many rows are fast in it."""
+    """The dtype to compute in. auto takes bfloat16 if the device multiplies fast in it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        # From Ampere on; older ones have it by emulation, and torch says that they support it.
+        # Cards before Ampere emulate it, although torch says that they support it.
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if native else torch.float32
     if device.type != "cpu":
         return torch.float32
-    # A few rows are enough to see a CPU without bfloat16, which takes 30 to 100 times as long.
+    # A CPU without bfloat16 takes 30 to 100 times as long, which a few rows show.
     for rows in (8, 512):
         narrow, full = [], []
         for _ in range(3):  # in turns, so that another program's load slows both down alike
@@ -304,7 +303,7 @@ def seconds_of_product(rows, dtype):
 
 
 def describe():
-    """This machine in a line, for figures that were measured on it."""
+    """A line that describes this machine, to stand beside figures."""
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -326,26 +325,26 @@ def check_compiler(device):
 
 
 def clock(device):
-    """The time in seconds, when the device has done what it was asked for; a GPU lags behind."""
+    """Waits until the device has done its work, since a GPU lags behind -> the time in seconds."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
 def autocast(device, dtype):
-    """Where products of matrices are computed in dtype."""
+    """Within it, products of matrices are computed in dtype."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def tune_cpu():
-    """What makes many small steps of ever other shapes cheap on a CPU: 1.3 times the speed."""
-    # oneDNN prepares a kernel once for each shape, and keeps so many.
+    """Makes training on a CPU 1.3 times as fast: small steps, each of another shape."""
+    # oneDNN prepares a kernel for each shape and keeps this many of them.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc, which then keeps freed blocks
+        if hasattr(libc, "mallopt"):  # it makes glibc keep freed blocks
             libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
@@ -354,7 +353,7 @@ def tune_cpu():
 
 
 def connect(device, dtype):
-    """Join the processes that torchrun started: the dtype of the first, since CPUs may differ."""
+    """Joins the processes of torchrun -> the dtype of the first one, since CPUs may differ."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

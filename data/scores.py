@@ -1,5 +1,5 @@
 """
-How many whole answers are exactly right: by family of dialogues, by turn, and the table of a run.
+How many answers are exactly right, as a whole: by family of dialogues, by turn. A run's tables.
 """
 import numpy as np
 

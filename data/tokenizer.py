@@ -36,9 +36,14 @@ ROLES = ("system", "user", "assistant")
 # time for it (10 s for 100,000 letters) and the newest fails at a million spaces.
 LONGEST_RUN = 1000
 RUN = re.compile(r"\s+|\d+|[^\W\d_]+|(?:[^\w\s]|_)+")
-# What begins a dialogue, opens a message, ends it, and stands before the next message's header.
+
+
 def layout(begin, header, end, after):
-    """The strings around the texts of a dialogue; header has {role} in it. A dict."""
+    """A dict of the strings around the texts of a dialogue.
+
+    They begin the dialogue, open a message (header, with {role} in it), end a message, and stand
+    between an answer and the next message's header (after).
+    """
     return {"begin": begin, **{role: header.format(role=role) for role in ROLES},
             "end": end, "after": after}
 
