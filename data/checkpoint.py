@@ -259,8 +259,11 @@ def checked(state):
     texts = [state["settings"][name] for name in ("tokenizer", "mask", "init_from")]
     if not all(isinstance(x, str) for x in (state["tokenizer"], *texts)):
         raise ValueError("settings of a wrong type")
-    if not isinstance(state["optimizer"], dict):
-        raise ValueError("it has no optimizer")
+    slots = state["optimizer"].get("state", {})
+    if not all(isinstance(x, torch.Tensor) for slot in slots.values() for x in slot.values()):
+        raise ValueError("its optimizer's numbers are no tensors")
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise ValueError("it has no number of steps")
     kept = "config", "settings", "tokenizer", "optimizer", "step"
     return {"model": tensors, **{key: state[key] for key in kept}}
 
@@ -337,19 +340,12 @@ def restore(state, model, optimizer, max_iters, path):
 
     ValueError if they do not fit.
     """
-    step, slots = state["step"], state["optimizer"].get("state")
-    other = ""
-    if type(step) is not int or step < 0:
-        other = "it has no number of steps"
-    elif not isinstance(slots, dict) or not all(isinstance(x, dict) for x in slots.values()):
-        other = "it has no optimizer"
-    elif not all(isinstance(x, torch.Tensor) for slot in slots.values() for x in slot.values()):
-        other = "its optimizer's numbers are no tensors"
-    other = other or other_weights(state["model"], model)
+    step, other = state["step"], other_weights(state["model"], model)
     if not other:
         model.load_state_dict(state["model"])
         # The groups' settings come from the flags.
         groups = optimizer.state_dict()["param_groups"]
+        slots = state["optimizer"].get("state", {})
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if step > 0:
             other = other_slots(optimizer)
