@@ -12,14 +12,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from folders import LLAMA3_ROPE, PLAIN_ROPE, strings, trained
+from conftest import ROOT
+from folders import (
+    BEGUN,
+    LLAMA3_ROPE,
+    PLAIN_ROPE,
+    QWEN25,
+    SMOLLM2,
+    check_equal,
+    family_of,
+    random_model,
+    strings,
+    trained,
+    transformers,
+)
 from helpers import run
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed; only demos/real.py needs it")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is "
-                                   "needed only to check demos/real.py")
-from conftest import ROOT
-from test_own_model import BEGUN, QWEN25, SMOLLM2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -32,40 +41,27 @@ import real
 TYPES = {name: gguf.GGMLQuantizationType[name]
          for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")}
 # K quants come in blocks of 256 numbers of a row, so that these are the narrowest sizes.
-SIZES = dict(vocab_size=1600, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
-             num_attention_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5)
+SIZES = dict(vocab_size=1600, hidden_size=256, intermediate_size=256, max_position_embeddings=512,
+             rms_norm_eps=1e-5)
 LLAMA31 = {**LLAMA3_ROPE, "rope_theta": 500000.0, "factor": 32.0,
            "original_max_position_embeddings": 8192}
 
 
-def options(groups, tied, rope=PLAIN_ROPE, **more):
-    """What a family's config has of its own."""
-    return dict(num_key_value_heads=groups, tie_word_embeddings=tied, rope_parameters=rope, **more)
-
-
-# name: (transformers' class, what is the family's own, its tokenizer, its chat template)
+# name: (transformers' class and what is the family's own, its tokenizer, its chat template)
 FAMILIES = {
-    "smollm2": ("Llama", options(2, True), "smollm2", SMOLLM2),
-    "llama": ("Llama", options(1, False, {**PLAIN_ROPE, "rope_theta": 5e5}, head_dim=32), "llama3",
-              BEGUN),
-    "llama3.2": ("Llama", options(4, True, LLAMA31), "llama3", BEGUN),
-    "qwen2": ("Qwen2", options(2, False), "qwen", QWEN25),
-    "qwen3": ("Qwen3", options(2, True, head_dim=48), "qwen", QWEN25),
+    "smollm2": (family_of("Llama", 2, True), "smollm2", SMOLLM2),
+    "llama": (family_of("Llama", 1, False, {**PLAIN_ROPE, "rope_theta": 5e5}, head_dim=32),
+              "llama3", BEGUN),
+    "llama3.2": (family_of("Llama", 4, True, LLAMA31), "llama3", BEGUN),
+    "qwen2": (family_of("Qwen2", 2, False), "qwen", QWEN25),
+    "qwen3": (family_of("Qwen3", 2, True, head_dim=48), "qwen", QWEN25),
 }
 PRE = {"smollm2": "smollm", "llama3": "llama-bpe", "qwen": "qwen2"}
 
 
 @functools.cache
 def make(family):
-    """A random model of transformers; no norm is 1 and no bias 0, so that a lost one shows."""
-    torch.manual_seed(0)
-    kind, own, _, _ = FAMILIES[family]
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **own)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name else 0.0, 0.05)
-    return model.eval()
+    return random_model(FAMILIES[family][0], 0.05, **SIZES)
 
 
 def head_size(config):
@@ -87,14 +83,14 @@ def sizes(family):
         "rope.freq_base": c.rope_parameters["rope_theta"],
         "rope.dimension_count": D,
     }
-    if "head_dim" in FAMILIES[family][1]:
+    if "head_dim" in FAMILIES[family][0][1]:
         fields |= {"attention.key_length": D, "attention.value_length": D}
     return {f"{arch}.{key}": value for key, value in fields.items()}
 
 
 def words(family):
     """The fields of a file that tell a family's tokenizer."""
-    _, _, kind, template = FAMILIES[family]
+    _, kind, template = FAMILIES[family]
     bpe = trained(kind)
     added = bpe.get_added_tokens_decoder()
     tokens = [bpe.id_to_token(i) for i in range(bpe.get_vocab_size())]
@@ -105,15 +101,13 @@ def words(family):
         tokens.append(f"[PAD{i}]")
         types.append(gguf.TokenType.UNUSED)
     merges = json.loads(bpe.to_str())["model"]["merges"]
-    begin, end = ("<|begin_of_text|>", "<|eot_id|>") if kind == "llama3" else CHATML
+    begin, end = ("<|begin_of_text|>", "<|eot_id|>") if kind == "llama3" else (
+        "<|im_start|>", "<|im_end|>")
     fields = {"model": "gpt2", "pre": PRE[kind], "tokens": tokens, "token_type": types,
               "merges": [" ".join(pair) for pair in merges],
               "bos_token_id": bpe.token_to_id(begin), "eos_token_id": bpe.token_to_id(end)}
     named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     return named | {"tokenizer.chat_template": template}
-
-
-CHATML = ("<|im_start|>", "<|im_end|>")
 
 
 def blocks(shape, quantization, rng):
@@ -147,7 +141,7 @@ def write(path, family="smollm2", quantization="F32", more=None, **changed):
 
     changed: fields that are otherwise than there, with "__" for ".", None for none; more: tensors.
     """
-    model, own, quantization = make(family), FAMILIES[family][1], TYPES[quantization]
+    model, quantization = make(family), TYPES[quantization]
     c = model.config
     writer = gguf.GGUFWriter(path, c.model_type)
     changed = {key.replace("__", "."): value for key, value in changed.items()}
@@ -169,7 +163,7 @@ def write(path, family="smollm2", quantization="F32", more=None, **changed):
         if not (name == "lm_head.weight" and c.tie_word_embeddings):
             tensors[f"{names.get_name(stem)}.{suffix}"] = x
     if c.rope_parameters["rope_type"] == "llama3":
-        tensors["rope_freqs.weight"] = rope_freqs(own["rope_parameters"], head_size(c))
+        tensors["rope_freqs.weight"] = rope_freqs(c.rope_parameters, head_size(c))
     for name, x in {**tensors, **(more or {})}.items():
         # Norms and biases are not quantized; nor are rows that are no whole number of blocks.
         if x.ndim == 1 or x.shape[1] % 256:
@@ -202,15 +196,6 @@ def their_reading(path, family):
     assert not unexpected and {*missing} <= {"lm_head.weight"}
     model.tie_weights()
     return model.eval()
-
-
-@torch.no_grad()
-def check_equal(theirs, ours, tolerance=1e-4):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, SIZES["vocab_size"], (2, 200), generator=generator)
-    expected = theirs(ids).logits  # (2, 200, V)
-    assert expected.std() > 0.1
-    assert (expected - ours(ids)).abs().max() < tolerance * max(1, expected.abs().max())
 
 
 @pytest.mark.parametrize("quantization", TYPES)
@@ -254,7 +239,7 @@ def test_the_tokenizer_of_a_file(family, tmp_path):
     transformers."""
     path, out = write(tmp_path / "model.gguf", family), tmp_path / "out"
     real.convert(path, out, "bfloat16")
-    bpe, ours = trained(FAMILIES[family][2]), load_tokenizer(out)
+    bpe, ours = trained(FAMILIES[family][1]), load_tokenizer(out)
     fast = transformers.AutoTokenizer.from_pretrained(out)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     model = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -276,7 +261,7 @@ def test_the_chat_of_a_file(family, tmp_path):
     """The tokens of a chat are those of the file's own chat template, and so is a turn's end."""
     real.convert(write(tmp_path / "model.gguf", family), tmp_path / "out", "bfloat16")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert fast.chat_template == FAMILIES[family][3]
+    assert fast.chat_template == FAMILIES[family][2]
     messages = [{"role": "user", "content": "Hi 7"}, {"role": "assistant", "content": "Yes."},
                 {"role": "user", "content": "So?"}]
     asked = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -332,7 +317,8 @@ def test_each_error_is_one_line(what, tmp_path):
     path = write(tmp_path / "model.gguf", **arguments)
     with pytest.raises(ValueError, match=message) as error:
         real.convert(path, tmp_path / "out", "float32")
-    assert "\n" not in str(error.value)
+    told = str(error.value)  # it names the file, and not the folder that was being made of it
+    assert told.startswith(str(path)) and "partial" not in told and "\n" not in told
     assert sorted(tmp_path.iterdir()) == [path]
 
 
@@ -343,14 +329,6 @@ def test_another_architecture(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="architecture mamba is not supported; accepted is llama"):
         real.convert(tmp_path / "model.gguf", tmp_path / "out", "float32")
-
-
-def test_a_refused_file_is_named_and_not_what_was_made_of_it(tmp_path):
-    template = "{{ raise_exception('no') }}"
-    path = write(tmp_path / "model.gguf", tokenizer__chat_template=template)
-    with pytest.raises(ValueError) as error:
-        real.convert(path, tmp_path / "out", "float32")
-    assert str(error.value).startswith(str(path)) and "partial" not in str(error.value)
 
 
 def test_a_file_cut_off_anywhere(tmp_path):
@@ -464,7 +442,7 @@ def test_the_real_weights(smollm2):
     for name, p in model.named_parameters():
         assert torch.equal(p, parsed["tensors"].pop(name)), name
     assert not parsed["tensors"]
-    check_equal(model, chat.model, 1e-5)
+    check_equal(model, chat.model, 3e-4)
 
 
 FIRST = ["My name is Ann and I live in Rome.", "What is the capital of France?",
