@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -95,6 +96,25 @@ SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 def write_lines(path, lines):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
+
+
+def change_json(path, change):
+    """Change, in place, what a file of JSON holds."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_safetensors(path):
+    """The header and the bytes of the numbers."""
+    raw = path.read_bytes()
+    n = struct.unpack("<Q", raw[:8])[0]
+    return json.loads(raw[8 : 8 + n]), raw[8 + n :]
+
+
+def write_safetensors(path, header, numbers, pad=""):
+    raw = (json.dumps(header) + pad).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + numbers)
 
 
 def line_of_chat(n, words="hello"):

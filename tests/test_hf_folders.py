@@ -1,5 +1,4 @@
 """Checkpoints and tokenizers in the Hugging Face format, against its own two libraries."""
-
 import base64
 import importlib
 import json
@@ -10,17 +9,74 @@ import time
 
 import pytest
 import torch
-from folders import FAMILIES, SIZES, check_equal, make_pretrained, strings, trained
-
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed; it is needed only to check data/hf/"
+from folders import (
+    FAMILIES,
+    SIZES,
+    check_equal,
+    make_pretrained,
+    strings,
+    tokenizers,
+    trained,
+    transformers,
 )
-import tokenizers
+from helpers import change_json, read_safetensors, write_safetensors
 from safetensors.torch import load_file, save_file
 
 from data.hf import from_pretrained, load_tokenizer, read_config
 from data.tokenizer import LONGEST_RUN
 from model import rope_tables
+
+
+def in_json(name, change):
+    return lambda folder: change_json(folder / name, change)
+
+
+def config(**options):
+    return in_json("config.json", lambda held: held.update(options))
+
+
+def index(change):
+    return in_json("model.safetensors.index.json", lambda held: change(held["weight_map"]))
+
+
+def tensors(change):
+    def damage(folder):
+        path = folder / "model.safetensors"
+        held = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(held)
+        save_file(held, path)
+
+    return damage
+
+
+def add(name, *shape, **options):
+    return tensors(lambda held: held.update({name: torch.ones(shape, **options)}))
+
+
+def header(change):
+    def damage(folder):
+        path = folder / "model.safetensors"
+        held, numbers = read_safetensors(path)
+        change(held)
+        write_safetensors(path, held, numbers)
+
+    return damage
+
+
+def offsets(start, end):
+    return header(lambda held: held[NORM].update(data_offsets=[start, end]))
+
+
+def raw(change):
+    def damage(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def remove(pattern):
+    return lambda folder: sorted(folder.glob(pattern))[0].unlink()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,17 +105,19 @@ def test_config_files_of_older_versions(tmp_path):
     """
     theirs = make_pretrained("llama3.2", tmp_path)
     new = read_config(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    config.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def older(held):
+        rope = held.pop("rope_parameters")
+        held.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
+
+    change_json(tmp_path / "config.json", older)
     assert read_config(tmp_path) == new and new.rope_scaling == (8.0, 1.0, 4.0, 32.0)
     path = tmp_path / "model.safetensors"
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
     save_file({**load_file(path), **table}, path)
-    raw = path.read_bytes()
-    n = struct.unpack("<Q", raw[:8])[0]
-    path.write_bytes(struct.pack("<Q", n + 1) + raw[8 : 8 + n] + b" " + raw[8 + n :])
+    held, numbers = read_safetensors(path)
+    n = len(json.dumps(held))
+    write_safetensors(path, held, numbers, pad=" " * (1 + n % 2))
     check_equal(theirs, from_pretrained(tmp_path))
 
 
@@ -80,11 +138,8 @@ def random_rope(rng):
             keys |= some(original_max_position_embeddings=(32, 64))
         return keys
 
-    keys = some(
-        rope_theta=(500.0, 1000.0),
-        original_max_position_embeddings=(32, 64),
-        partial_rotary_factor=(1.0,),
-    )
+    keys = some(rope_theta=(500.0, 1000.0), original_max_position_embeddings=(32, 64),
+                partial_rotary_factor=(1.0,))
     for name in ("rope_parameters", "rope_scaling"):
         if rng.random() < 0.6:
             keys[name] = rope()
@@ -125,18 +180,6 @@ def test_all_mixtures_of_keys_rotate_as_in_transformers(kind, tmp_path):
     assert 20 < refused < 130
 
 
-def test_a_contradiction_within_the_rotation(tmp_path):
-    make_pretrained("llama3", tmp_path)
-    for rope, words in (
-        ({"rope_type": "llama3", "type": "default"}, "rope_type stands there twice, as llama3"),
-        ({"full_attention": {"rope_theta": 5.0}}, "for each type of layer are not supported"),
-        ({"rope_theta": 5.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-    ):
-        config(rope_parameters=rope)(tmp_path)
-        with pytest.raises(ValueError, match=words):
-            read_config(tmp_path)
-
-
 def test_a_theta_beside_the_parameters(tmp_path):
     theirs = make_pretrained("llama3", tmp_path)
     config(rope_parameters={"rope_type": "default"}, rope_theta=5e5)(tmp_path)
@@ -172,201 +215,67 @@ def sound(tmp_path_factory):
     return folder
 
 
-def config(**options):
-    def damage(folder):
-        old = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**old, **options}))
-
-    return damage
-
-
-def tensors(change):
-    def damage(folder):
-        path = folder / "model.safetensors"
-        held = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        change(held)
-        save_file(held, path)
-
-    return damage
-
-
-def header(change):
-    def damage(folder):
-        path = folder / "model.safetensors"
-        raw = path.read_bytes()
-        n = struct.unpack("<Q", raw[:8])[0]
-        held = json.loads(raw[8 : 8 + n])
-        change(held)
-        new = json.dumps(held).encode()
-        path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + n :])
-
-    return damage
-
-
-def index(change):
-    def damage(folder):
-        held = json.loads((folder / "model.safetensors.index.json").read_text())
-        change(held["weight_map"])
-        (folder / "model.safetensors.index.json").write_text(json.dumps(held))
-
-    return damage
-
-
-def cut(n):
-    def damage(folder):
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:n])
-
-    return damage
-
-
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
-# What is wrong: the checkpoint, the damage to it, the message.
-ERRORS = {
-    "no config": (
-        "one",
-        lambda folder: (folder / "config.json").unlink(),
-        "config.json cannot be read",
-    ),
-    "no JSON": (
-        "one",
-        lambda folder: (folder / "config.json").write_text("{"),
-        "config.json holds no JSON",
-    ),
-    "architecture": (
-        "one",
-        config(architectures=["MistralForCausalLM"]),
-        "MistralForCausalLM is not known",
-    ),
-    "activation": ("one", config(hidden_act="gelu"), "hidden_act = gelu"),
-    "attention bias": ("one", config(attention_bias=True), "attention_bias = True"),
-    "mlp bias": ("one", config(mlp_bias=True), "mlp_bias = True"),
-    "sliding window": ("one", config(use_sliding_window=True), "use_sliding_window = True"),
-    "layer types": ("one", config(layer_types=["sliding_attention"] * 2), "layer_types"),
-    "quantized": ("one", config(quantization_config={"bits": 4}), "quantization_config"),
-    "rope": ("one", config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type yarn"),
-    "old rope": (
-        "one",
-        config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
-        "type linear",
-    ),
-    "part of rope": (
-        "one",
-        config(rope_parameters={"rope_type": "llama3", "factor": 2.0}),
-        "low_freq_factor must be",
-    ),
-    "part rotated": (
-        "one",
-        config(rope_parameters={"partial_rotary_factor": 0.5}),
-        "partial_rotary_factor",
-    ),
-    "no rope": ("one", config(rope_parameters=5), "rope_parameters must be an object"),
-    "no list": ("one", config(architectures=5), "architecture 5 is not known"),
-    "no size": ("one", config(hidden_size=None), "hidden_size must be a positive number, not None"),
-    "no number": ("one", config(num_hidden_layers="two"), "num_hidden_layers must be"),
-    "heads": ("one", config(num_key_value_heads=3), "n_kv_head"),
-    "no weights": (
-        "one",
-        lambda folder: (folder / "model.safetensors").unlink(),
-        "neither model.safetensors nor",
-    ),
-    "missing tensor": ("one", tensors(lambda t: t.pop(UP)), f"{UP} is missing"),
-    "extra tensor": (
-        "one",
-        tensors(lambda t: t.update({"model.norm.bias": torch.ones(32)})),
-        "model.norm.bias is a tensor that",
-    ),
-    "extra layer": (
-        "one",
-        config(num_hidden_layers=1),
-        "model.layers.1.input_layernorm.weight is a tensor that",
-    ),
-    "wrong shape": (
-        "one",
-        tensors(lambda t: t.update({UP: torch.ones(40, 31)})),
-        rf"{UP} has the shape \(40, 31\).*\(40, 32\)",
-    ),
-    "wrong size": (
-        "one",
-        config(intermediate_size=48),
-        r"mlp.gate_proj.weight has the shape \(40, 32\)",
-    ),
-    "dtype": (
-        "one",
-        tensors(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})),
-        f"{NORM} is of dtype I8",
-    ),
-    "other head": (
-        "tied",
-        tensors(lambda t: t.update({"lm_head.weight": torch.ones(96, 32)})),
-        "lm_head.weight differs",
-    ),
-    "cut": ("one", cut(-4), "is cut off: .* ends at byte"),
-    "cut header": ("one", cut(100), "cut off within its header"),
-    "empty": ("one", cut(4), "model.safetensors is cut off"),
-    "header": (
-        "one",
-        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"junk"),
-        "header is not JSON",
-    ),
-    "entry": (
-        "one",
-        header(lambda h: h.update({NORM: {"dtype": "F32"}})),
-        f"entry for {NORM} is damaged",
-    ),
-    "negative": (
-        "one",
-        header(lambda h: h[NORM].update(data_offsets=[-128, 0])),
-        f"entry for {NORM} is damaged",
-    ),
-    "offsets": (
-        "one",
-        header(lambda h: h[NORM].update(data_offsets=[0, 64])),
-        f"{NORM} has 64 bytes",
-    ),
-    "beyond": (
-        "one",
-        header(lambda h: h[NORM].update(data_offsets=[2**40, 2**40 + 128])),
-        f"cut off: {NORM} ends",
-    ),
-    "no shard": (
-        "shards",
-        lambda folder: sorted(folder.glob("model-*"))[1].unlink(),
-        "00002-of-.* is missing",
-    ),
-    "not in shard": (
-        "shards",
-        index(lambda m: m.update({"model.x": m[NORM]})),
-        "model.x is missing, the index has it here",
-    ),
-    "not in index": (
-        "shards",
-        index(lambda m: m.pop(NORM)),
-        f"{NORM} is here, but the index has it in no file",
-    ),
-    "shard outside": (
-        "shards",
-        index(lambda m: m.update({NORM: "../model.safetensors"})),
-        "weight_map must map",
-    ),
-}
+YARN, LINEAR = {"rope_type": "yarn", "rope_theta": 1e4}, {"type": "linear", "factor": 2.0}
+JUNK = struct.pack("<Q", 4) + b"junk"
+# The checkpoint, the damage to it, the message.
+ERRORS = [
+    ("one", remove("config.json"), "config.json cannot be read"),
+    ("one", lambda folder: (folder / "config.json").write_text("{"), "config.json holds no JSON"),
+    ("one", config(architectures=["MistralForCausalLM"]), "MistralForCausalLM is not known"),
+    ("one", config(architectures=5), "architecture 5 is not known"),
+    ("one", config(hidden_act="gelu"), "hidden_act = gelu"),
+    ("one", config(attention_bias=True), "attention_bias = True"),
+    ("one", config(mlp_bias=True), "mlp_bias = True"),
+    ("one", config(use_sliding_window=True), "use_sliding_window = True"),
+    ("one", config(layer_types=["sliding_attention"] * 2), "layer_types"),
+    ("one", config(quantization_config={"bits": 4}), "quantization_config"),
+    ("one", config(rope_parameters=YARN), "type yarn"),
+    ("one", config(rope_parameters=None, rope_scaling=LINEAR), "type linear"),
+    ("one", config(rope_parameters={"rope_type": "llama3", "factor": 2.0}),
+     "low_freq_factor must be"),
+    ("one", config(rope_parameters={"rope_type": "llama3", "type": "default"}),
+     "rope_type stands there twice, as llama3"),
+    ("one", config(rope_parameters={"full_attention": {"rope_theta": 5.0}}),
+     "for each type of layer are not supported"),
+    ("one", config(rope_parameters={"rope_theta": 5.0, "partial_rotary_factor": 0.5}),
+     "partial_rotary_factor = 0.5"),
+    ("one", config(rope_parameters=5), "rope_parameters must be an object"),
+    ("one", config(hidden_size=None), "hidden_size must be a positive number, not None"),
+    ("one", config(num_hidden_layers="two"), "num_hidden_layers must be"),
+    ("one", config(num_key_value_heads=3), "n_kv_head"),
+    ("one", remove("model.safetensors"), "neither model.safetensors nor"),
+    ("one", tensors(lambda held: held.pop(UP)), f"{UP} is missing"),
+    ("one", add("model.norm.bias", 32), "model.norm.bias is a tensor that"),
+    ("one", config(num_hidden_layers=1), "model.layers.1.input_layernorm.weight is a tensor that"),
+    ("one", add(UP, 40, 31), rf"{UP} has the shape \(40, 31\).*\(40, 32\)"),
+    ("one", config(intermediate_size=48), r"mlp.gate_proj.weight has the shape \(40, 32\)"),
+    ("one", add(NORM, 32, dtype=torch.int8), f"{NORM} is of dtype I8"),
+    ("tied", add("lm_head.weight", 96, 32), "lm_head.weight differs"),
+    ("one", raw(lambda x: x[:-4]), "is cut off: .* ends at byte"),
+    ("one", raw(lambda x: x[:100]), "cut off within its header"),
+    ("one", raw(lambda x: x[:4]), "model.safetensors is cut off"),
+    ("one", raw(lambda x: JUNK), "header is not JSON"),
+    ("one", header(lambda h: h.update({NORM: {"dtype": "F32"}})), f"entry for {NORM} is damaged"),
+    ("one", offsets(-128, 0), f"entry for {NORM} is damaged"),
+    ("one", offsets(0, 64), f"{NORM} has 64 bytes"),
+    ("one", offsets(2**40, 2**40 + 128), f"cut off: {NORM} ends"),
+    ("shards", remove("model-00002-*"), "00002-of-.* is missing"),
+    ("shards", index(lambda m: m.update({"model.x": m[NORM]})),
+     "model.x is missing, the index has it here"),
+    ("shards", index(lambda m: m.pop(NORM)), f"{NORM} is here, but the index has it in no file"),
+    ("shards", index(lambda m: m.update({NORM: "../model.safetensors"})), "weight_map must map"),
+]
 
 
-@pytest.mark.parametrize("what", ERRORS)
-def test_each_error_is_one_line(what, sound, tmp_path):
-    source, damage, message = ERRORS[what]
+@pytest.mark.parametrize("source, damage, message", ERRORS)
+def test_each_error_of_a_checkpoint_is_one_line(source, damage, message, sound, tmp_path):
     folder = shutil.copytree(sound / source, tmp_path / "folder")
     from_pretrained(folder)
     damage(folder)
     with pytest.raises(ValueError, match=message) as error:
         from_pretrained(folder)
     assert "\n" not in str(error.value)
-
-
-
-
-
-
 
 
 def train_bpe(family, folder):
@@ -469,23 +378,14 @@ def test_rank_file(tmp_path):
     assert (ours.begin, ours.openings, ours.end) == (by_json.begin, by_json.openings, by_json.end)
 
 
-CHAT = [
-    ("system", "Be kind."),
-    ("user", "Hi, I'm Ann."),
-    ("assistant", "Hello Ann."),
-    ("user", "Who am I?"),
-    ("assistant", "Ann."),
-]
+CHAT = [("system", "Be kind."), ("user", "Hi, I'm Ann."), ("assistant", "Hello Ann."),
+        ("user", "Who am I?"), ("assistant", "Ann.")]
+CHATML = "<|im_start|>{}\n{}<|im_end|>\n"
+LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
 
 
-@pytest.mark.parametrize(
-    "family, begin, message",
-    [
-        ("qwen", "", "<|im_start|>{}\n{}<|im_end|>\n"),
-        ("smollm2", "", "<|im_start|>{}\n{}<|im_end|>\n"),
-        ("llama3", "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"),
-    ],
-)
+@pytest.mark.parametrize("family, begin, message", [
+    ("qwen", "", CHATML), ("smollm2", "", CHATML), ("llama3", "<|begin_of_text|>", LLAMA3)])
 def test_chat_formats(family, begin, message, tmp_path):
     """A dialogue is the family's template encoded as one text.
 
@@ -504,20 +404,25 @@ def test_chat_formats(family, begin, message, tmp_path):
 
 
 def edit(change):
-    def damage(folder):
-        held = json.loads((folder / "tokenizer.json").read_text())
-        change(held)
-        (folder / "tokenizer.json").write_text(json.dumps(held))
-
-    return damage
+    return in_json("tokenizer.json", change)
 
 
-def only(name, content):
-    def damage(folder):
-        (folder / "tokenizer.json").unlink()
-        (folder / name).write_bytes(content)
+def model(**options):
+    return edit(lambda held: held["model"].update(options))
 
-    return damage
+
+def added(place, **options):
+    return edit(lambda held: held["added_tokens"][place].update(options))
+
+
+def split(place, **options):
+    return edit(lambda held: held["pre_tokenizer"]["pretokenizers"][place].update(options))
+
+
+def only_sentencepiece(folder):
+    (folder / "tokenizer.json").unlink()
+    content = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c\n\x03<s>"
+    (folder / "tokenizer.model").write_bytes(content)
 
 
 def template(content):
@@ -526,12 +431,11 @@ def template(content):
     return lambda folder: (folder / "tokenizer_config.json").write_text(text)
 
 
-NO_FORMAT = (
-    r"lacks a special token of each known chat format: "
-    r"chatml has <\|im_start\|>, <\|im_end\|>; llama3 has"
-)
+NO_FORMAT = (r"lacks a special token of each known chat format: "
+             r"chatml has <\|im_start\|>, <\|im_end\|>; llama3 has")
 OTHER = "chat template does not write .* chatml"
 LOWER = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+SENTENCEPIECE, SPLIT = "SentencePiece tokenizers are not", "is not a byte-level BPE"
 
 
 def spell(token):
@@ -550,73 +454,41 @@ def spell(token):
     return change
 
 
-TOKENIZER_ERRORS = {
-    "none": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
-    "SentencePiece": (
-        only("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c\n\x03<s>"),
-        "SentencePiece tokenizers are not",
-    ),
-    "SentencePiece in JSON": (
-        edit(lambda t: t["model"].update(byte_fallback=True)),
-        "SentencePiece tokenizers are not",
-    ),
-    "unigram": (
-        edit(lambda t: t["model"].update(type="Unigram")),
-        "SentencePiece tokenizers are not",
-    ),
-    "normalizer": (
-        edit(lambda t: t.update(normalizer={"type": "NFKC"})),
-        "the normalizer NFKC is not supported, only NFC",
-    ),
-    "normalizers": (edit(lambda t: t.update(normalizer=LOWER)), "normalizer NFC, Lowercase is not"),
-    "split": (
-        edit(lambda t: t.update(pre_tokenizer={"type": "Whitespace"})),
-        "is not a byte-level BPE",
-    ),
-    "no split": (edit(lambda t: t.update(pre_tokenizer=None)), "is not a byte-level BPE"),
-    "prefix space": (
-        edit(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
-        "is not a byte-level BPE",
-    ),
-    "order": (
-        edit(lambda t: t["model"]["merges"].reverse()),
-        "do not follow the order of the merges",
-    ),
-    "other split": (
-        edit(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
-        "split in a way that is not",
-    ),
-    "added": (edit(lambda t: t["added_tokens"][0].pop("id")), "of its added tokens is damaged"),
-    "lstrip": (
-        edit(lambda t: t["added_tokens"][0].update(lstrip=True)),
-        r"the added token '<\|endoftext\|>' has lstrip",
-    ),
-    "rstrip": (
-        edit(lambda t: t["added_tokens"][-1].update(rstrip=True)),
-        "the added token '<think>' has rstrip",
-    ),
-    "single word": (
-        edit(lambda t: t["added_tokens"][-1].update(single_word=True)),
-        "the added token '<think>' has single_word",
-    ),
-    "no chat": (edit(lambda t: t.update(added_tokens=[])), NO_FORMAT),
-    "no header": (edit(lambda t: t["added_tokens"].pop(1)), NO_FORMAT),
-    "spelled": (edit(spell("<|im_end|>")), NO_FORMAT),
-    "other template": (template("<|im_start|>assistant<|im_sep|><|im_end|>"), OTHER),
-    "no end": (template("<|im_start|>{{ messages[0].content }}</s>"), OTHER),
-    "no start": (template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"), OTHER),
-    "no template": (template(5), "chat_template must be a text, not 5"),
-    "damaged": (edit(lambda t: t.pop("model")), "is not a byte-level BPE"),
-    "suffix": (edit(lambda t: t["model"].update(end_of_word_suffix="</w>")), "end_of_word_suffix"),
-    "prefix": (edit(lambda t: t["model"].update(continuing_subword_prefix="#")), "subword_prefix"),
-    "dropout": (edit(lambda t: t["model"].update(dropout=0.1)), "dropout"),
-}
+TOKENIZER_ERRORS = [  # the damage, the message
+    (remove("tokenizer.json"), "has no tokenizer.json"),
+    (only_sentencepiece, SENTENCEPIECE),
+    (model(byte_fallback=True), SENTENCEPIECE),
+    (model(type="Unigram"), SENTENCEPIECE),
+    (edit(lambda held: held.update(normalizer={"type": "NFKC"})),
+     "the normalizer NFKC is not supported, only NFC"),
+    (edit(lambda held: held.update(normalizer=LOWER)), "normalizer NFC, Lowercase is not"),
+    (edit(lambda held: held.update(pre_tokenizer={"type": "Whitespace"})), SPLIT),
+    (edit(lambda held: held.update(pre_tokenizer=None)), SPLIT),
+    (edit(lambda held: held.pop("model")), SPLIT),
+    (split(1, add_prefix_space=True), SPLIT),
+    (split(0, behavior="Removed"), "split in a way that is not"),
+    (edit(lambda held: held["model"]["merges"].reverse()), "do not follow the order of the merges"),
+    (model(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    (model(continuing_subword_prefix="#"), "subword_prefix"),
+    (model(dropout=0.1), "dropout"),
+    (edit(lambda held: held["added_tokens"][0].pop("id")), "of its added tokens is damaged"),
+    (added(0, lstrip=True), r"the added token '<\|endoftext\|>' has lstrip"),
+    (added(-1, rstrip=True), "the added token '<think>' has rstrip"),
+    (added(-1, single_word=True), "the added token '<think>' has single_word"),
+    (edit(lambda held: held.update(added_tokens=[])), NO_FORMAT),
+    (edit(lambda held: held["added_tokens"].pop(1)), NO_FORMAT),
+    (edit(spell("<|im_end|>")), NO_FORMAT),
+    (template("<|im_start|>assistant<|im_sep|><|im_end|>"), OTHER),
+    (template("<|im_start|>{{ messages[0].content }}</s>"), OTHER),
+    (template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"), OTHER),
+    (template(5), "chat_template must be a text, not 5"),
+]
 
 
-@pytest.mark.parametrize("what", TOKENIZER_ERRORS)
-def test_each_tokenizer_error_is_one_line(what, tmp_path):
+@pytest.mark.parametrize("damage, message", TOKENIZER_ERRORS)
+def test_each_error_of_a_tokenizer_is_one_line(damage, message, tmp_path):
     train_bpe("qwen", tmp_path)
-    damage, message = TOKENIZER_ERRORS[what]
+    load_tokenizer(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(tmp_path)
