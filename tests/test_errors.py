@@ -14,13 +14,11 @@ from helpers import ANSWER, TOKENIZER, USER, fails, line_of_chat, make_chat, pos
 import sample
 import train
 from data.loader import prepare
+from demos import finetune
 from mask import MASKS
 from model import GPT
 from sample import go_on, load_chat
 from train import Settings
-
-sys.path.insert(0, str(ROOT / "demos"))
-import finetune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -180,19 +178,20 @@ def test_a_history_that_is_none_says_what_is_wrong_with_which_message():
     chat = make_chat()
     chat.send("hi")
     before = chat.layout(), list(chat.messages)
-    user, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
     for messages, words in (
-        ([user, {**answer, "content": None}], "the history, message 2: content is null"),
-        ([{"role": "robot", "content": "x"}, answer], 'message 1: the role is "robot"'),
-        ([user, answer, "z"], "message 3 is no object but a str"),
-        ([{**user, "content": [{"type": "image"}]}, answer], "message 1: content has a part"),
-        ([user], "ends with the assistant's"),
+        ([USER, {**ANSWER, "content": None}], "the history, message 2: content is null"),
+        ([{**USER, "role": "robot"}, ANSWER], 'message 1: the role is "robot"'),
+        ([{**USER, "role": "robot"}], "history"),
+        ([USER, ANSWER, "z"], "message 3 is no object but a str"),
+        ([{**USER, "content": [{"type": "image"}]}, ANSWER], "message 1: content has a part"),
+        ([USER], "ends with the assistant's"),
+        ([], "history"),
         ({}, "a history is a list"),
     ):
         assert words in fails(go_on, chat, messages)
         assert (chat.layout(), chat.messages) == before
-    go_on(chat, [{"from": "human", "value": "x"}, {**answer, "content": [{"text": "y"}]}])
-    assert chat.messages == [user, answer]
+    go_on(chat, [{"from": "human", "value": "x"}, {**ANSWER, "content": [{"text": "y"}]}])
+    assert chat.messages == [USER, ANSWER]
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,17 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from helpers import LEAST, TINY, TOKENIZER, fails, flags_of, run, slots_of, tiny
+from helpers import LEAST, TINY, TOKENIZER, fails, flags_of, slots_of, tiny
 
 import data.loader as loader
 import train as train_module
 from data.checkpoint import load_checkpoint, save_checkpoint, whole_file
 from data.loader import prepare, read_splits
 from data.machine import until_stopped
+from demos import finetune as finetune_module
+from demos.finetune import Finetune, finetune
 from sample import load_chat
 from train import Settings, train
-
-sys.path.insert(0, str(ROOT / "demos"))
-import finetune as finetune_module
-from finetune import Finetune, finetune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -34,15 +32,15 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 KILLED = {**TINY, "n_dialogues": 20, "n_embd": 64, "max_iters": 120, "eval_interval": 4}
 
 
-def start(out, resume=False):
-    flags = flags_of(**KILLED, out_dir=out) + ["--resume"] * resume
+def start(out, resume=False, env=None, **changed):
+    flags = flags_of(**{**KILLED, **changed}, out_dir=out) + ["--resume"] * resume
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, **pipes)
+    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=env, **pipes)
 
 
-def finish(out, resume=False):
+def finish(out, resume=False, **options):
     """The final loss, the step, and all numbers that the last checkpoint holds."""
-    process = start(out, resume)
+    process = start(out, resume, **options)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     state = load_checkpoint(out / "ckpt.pt")
@@ -148,12 +146,16 @@ def test_stopping_cuts_no_step_and_the_second_time_interrupts(handlers):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_hangup_leaves_a_checkpoint(tmp_path, handlers):
+def test_a_hangup_leaves_a_checkpoint_and_a_run_without_files_a_line(tmp_path, handlers):
     def hang_up(run, loss):
         if run.step == 3:
             signal.raise_signal(signal.SIGHUP)
 
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 9"):
+    splits = read_splits(prepare(TOKENIZER, 256, n_dialogues=30))
+    with pytest.raises(KeyboardInterrupt, match="^stopped after step 3 of 9$"):
+        train(tiny(tmp_path, max_iters=9), splits=splits, watch=hang_up)
+    assert not (tmp_path / "ckpt.pt").exists()
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 9; .*--resume"):
         train(tiny(tmp_path, max_iters=9), watch=hang_up)
     assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
@@ -162,15 +164,6 @@ def test_a_hangup_leaves_a_checkpoint(tmp_path, handlers):
     except KeyboardInterrupt:
         pytest.fail("it was stopped all the same")
     assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == 9
-
-
-def test_a_run_without_files_is_stopped_in_a_line(handlers):
-    def stop(run, loss):
-        signal.raise_signal(signal.SIGTERM)
-
-    splits = read_splits(prepare(TOKENIZER, 256, n_dialogues=30))
-    with pytest.raises(KeyboardInterrupt, match="^stopped after step 1 of 9$"):
-        train(Settings(**{**LEAST, "max_iters": 9}), splits=splits, watch=stop)
 
 
 @pytest.mark.parametrize("module", [train_module, finetune_module])
@@ -283,61 +276,29 @@ def test_to_resume_with_other_settings_is_told(tmp_path, capsys):
     assert told in capsys.readouterr().out.splitlines()
 
 
-# --- the same seed twice ------------------------------------------------------------------------
-
-SAME = """
-import hashlib, json, pathlib, sys
-import torch
-import data.loader
-from sample import load_chat
-from train import Settings, train
-out = pathlib.Path(sys.argv[1])
-data.loader.CACHE = out / "cache"
-torch.set_num_threads(int(sys.argv[2]))
-settings = dict(json.loads(sys.argv[3]), out_dir=str(out))
-
-
-def digest(parts):
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def weights():
-    model = torch.load(out / "ckpt.pt")["model"]
-    return digest(x.numpy().tobytes() for x in model.values())
-
-
-first = train(Settings(**{**settings, "max_iters": 1, "learning_rate": 1e-30}))
-initial = weights()
-last = train(Settings(**settings))
-arrays = sorted((out / "cache").rglob("*.npy"))
-chat = load_chat(out / "ckpt.pt", "cpu", "float32", temperature=1.0, seed=3)
-print(json.dumps({
-    "data": digest(path.read_bytes() for path in arrays),
-    "initial weights": initial,
-    "losses": [first["loss"], last["loss"]],
-    "weights": weights(),
-    "chat": [chat.send(text) for text in ("Hello!", "My name is Ann.")],
-}))
-"""
-
-
-def same_seed(out, threads, hash_seed, **settings):
-    """What a run of a seed gives, in a process of its own: {what: its value}."""
-    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
-    done = run("-c", SAME, str(out), str(threads), json.dumps(settings), env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path):
     """Across processes all is the same to the bit.
 
     Across thread counts the data and the initial weights are; products of matrices need not be.
     """
-    settings = {**TINY, "n_dialogues": 40, "max_iters": 10}
-    a, b, other = (same_seed(tmp_path / f"{threads}.{seed}", threads, seed, **settings)
-                   for threads, seed in ((1, 1), (1, 2), (2, 1)))
-    assert a == b
-    assert all(other[what] == a[what] for what in ("data", "initial weights"))
-    assert other["losses"] == pytest.approx(a["losses"], rel=1e-3)
+    def outcome(threads, hash_seed):
+        """The data, the initial weights, the run, the chat: each made in a process of its own."""
+        out = tmp_path / f"{threads}.{hash_seed}"
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": hash_seed,
+                       "NANOISM_CACHE": str(out / "cache")}
+        run = finish(out, env=environment, max_iters=10)
+        first = finish(out / "first", env=environment, max_iters=1, learning_rate=1e-30)
+        data = [path.read_bytes() for path in sorted((out / "cache").rglob("*.npy"))]
+        chat = subprocess.run(
+            [sys.executable, "sample.py", f"--ckpt={out}", "--temperature=1", "--seed=3",
+             "--device=cpu", "--prompt=Hello!", "--prompt=My name is Ann."],
+            cwd=ROOT, env=environment, capture_output=True, check=True)
+        weights = first[2][: len(load_checkpoint(out / "ckpt.pt")["model"])]
+        return data, weights, run, chat.stdout
+
+    a, b, other = outcome("1", "1"), outcome("1", "2"), outcome("2", "1")
+    assert same(a[2], b[2]) and a[3] == b[3] and a[3].count(b"> ") == 2
+    for data, weights, *_ in (b, other):
+        assert data == a[0] and all(map(torch.equal, weights, a[1]))
+    assert other[2][0] == pytest.approx(a[2][0], rel=1e-3)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from helpers import random_chats, write_lines
+from helpers import TINY, random_chats, write_lines
 
 SCRIPT = """
 import json, pathlib, sys
@@ -49,49 +49,31 @@ name.write_text(json.dumps([seen, read, metrics["loss"], metrics["accuracy"], no
 """
 
 
-def launch(processes, tmp_path, settings, **options):
+def launch(processes, tmp_path, settings):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
     how = [sys.executable]
     if processes > 1:
         how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*how, str(script), str(tmp_path), json.dumps(settings)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
         cwd=ROOT,
         start_new_session=True,
-        **options,
     )
 
 
 @pytest.fixture
 def settings(tmp_path):
-    return dict(
-        data=write_lines(tmp_path / "chats.jsonl", random_chats(90, 9)),
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        batch_size=1,
-        block_size=128,
-        max_iters=20,
-        eval_interval=10,
-        dtype="float32",
-        device="cpu",
-    )
+    chats = write_lines(tmp_path / "chats.jsonl", random_chats(90, 9))
+    return {**TINY, "data": chats, "batch_size": 1, "block_size": 128, "max_iters": 20}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(mask="ism", grad_accum=2, checkpointing=True),
-        dict(mask="prefix", batch_size=2),
-    ],
-)
+@pytest.mark.parametrize("options", [
+    dict(mask="ism", grad_accum=2, checkpointing=True), dict(mask="prefix", batch_size=2)])
 def test_two_processes_equal_one(tmp_path, settings, options):
     """The same losses over 20 steps, the same weights and held-out figures.
 
