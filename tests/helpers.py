@@ -162,6 +162,23 @@ def random_dialogue(rng, longest=96, turns=4):
     return torch.tensor([tokens]), torch.tensor([row])
 
 
+def naive(name, segments):
+    """f of one row, a list, from the words of the definition."""
+    f = []
+    for j, segment in enumerate(segments):
+        end = j + 1
+        # The sink of ism_sink is the first token, which sees itself alone.
+        if segment % 2 == 1 and (name == "ism" or name == "ism_sink" and j > 0):
+            while end < len(segments) and segments[end] == segment:
+                end += 1
+        if name == "prefix":
+            for i, other in enumerate(segments):
+                if other % 2 == 1:
+                    end = max(end, i + 1)
+        f.append(end)
+    return f
+
+
 def exact_attention(q, k, v, f):
     """In float64, without a library: (B, H, n, D)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import naive, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,23 +30,6 @@ def layouts(draw, rows=ROWS):
     T = max(map(len, dialogues)) + draw(st.integers(0, 3))
     padded = [row + [0] * (T - len(row)) for row in dialogues]
     return torch.tensor(padded, dtype=torch.long)
-
-
-def naive(name, row):
-    """f of one row, from the words of the definition."""
-    f = []
-    for j, segment in enumerate(row):
-        end = j + 1
-        # The sink of ism_sink is the first token, which sees itself alone.
-        if segment % 2 == 1 and (name == "ism" or name == "ism_sink" and j > 0):
-            while end < len(row) and row[end] == segment:
-                end += 1
-        if name == "prefix":
-            for i, other in enumerate(row):
-                if other % 2 == 1:
-                    end = max(end, i + 1)
-        f.append(end)
-    return f
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -182,9 +165,5 @@ def test_draw():
 
 
 def test_mask_py_runs():
-    import subprocess
-    import sys
-
-    command = [sys.executable, "mask.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "causal" in done.stdout and "#+" in done.stdout
+    done = run("mask.py")
+    assert done.returncode == 0 and "causal" in done.stdout and "#+" in done.stdout

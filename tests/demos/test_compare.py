@@ -172,27 +172,6 @@ def test_what_is_there_is_not_run_again(made):
     assert new["runs"] == old["runs"]
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--masks", "foo"), "'foo' is no mask"),
-        (("--rates", "fast"), "expected numbers"),
-        (("--kinds", "sums"), "expected some of question last"),
-        (("--kinds", "gsm8k"), "needs --gsm8k FOLDER"),
-        (("--n", "39"), "--n must be at least 40"),
-        (("--json", "README.md"), "holds no figures"),
-        (("--full", "--init_from", "no-such"), "python demos/real.py makes"),
-        (("--full", "--kinds", "gsm8k", "--gsm8k", "no-such"), "No such file"),
-    ],
-)
-def test_errors_are_one_line(flags, words, tmp_path, last_words):
-    model = "--init_from", str(make_folder(tmp_path / "model"))
-    paths = "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "x.png")
-    if "--full" in flags:
-        paths += "--json", str(tmp_path / "x.json")
-    assert words in last_words(compare, *model, *paths, *flags)
-
-
 def test_the_committed_figures_are_of_the_real_model(tmp_path, capsys, monkeypatch):
     """Both masks at the same seeds, rates and steps; and what the demo prints of them."""
     figures = json.loads((ROOT / "demos" / "real.json").read_text(encoding="utf-8"))

@@ -1,11 +1,9 @@
 """What the demos share: pictures of today, tables over seeds; a line if matplotlib is missing."""
 
-import subprocess
-import sys
-
 import PIL.Image
 import pytest
 from conftest import ROOT
+from helpers import run
 
 from demos.output import by_group, percent, seeds_of
 
@@ -23,8 +21,7 @@ ALIKE = [pytest.param(name, marks=pytest.mark.slow) for name in ("theory", "qual
 
 @pytest.mark.parametrize("name", ["masks", *ALIKE])
 def test_without_matplotlib_a_demo_says_so_at_once(name):
-    command = [sys.executable, "-c", WITHOUT_MATPLOTLIB, f"demos/{name}.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run("-c", WITHOUT_MATPLOTLIB, f"demos/{name}.py")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith(f"{name}.py: the picture needs matplotlib")
     assert done.stderr.count("\n") == 1
@@ -53,8 +50,7 @@ def test_a_committed_picture_shows_what_its_program_draws_today(tmp_path, name, 
     """That of theory.py is in test_theory.py; those of race.py and speed.py take too long."""
     out = tmp_path / f"{name}.png"
     program, *others = flags
-    command = [sys.executable, str(ROOT / "demos" / program), *others, "--out", str(out)]
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    assert run(f"demos/{program}", *others, "--out", str(out)).returncode == 0
     today, committed = (PIL.Image.open(path).text["shows"] for path in
                         (out, ROOT / "demos" / f"{name}.png"))
     assert today == committed, f"it is old: python demos/{program} --out demos/{name}.png"

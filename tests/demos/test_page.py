@@ -9,20 +9,16 @@ import sys
 import pytest
 import regex
 import torch
-from conftest import ROOT
-from helpers import run
+from helpers import TOKENIZER, naive, run
 
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.synthetic import generate
-from data.tokenizer import PATTERN, Tokenizer
+from data.tokenizer import PATTERN
+from demos import page
 from mask import MASKS, reusable
 from model import GPT, GPTConfig
 from sample import SMALL_MODEL, Chat
 
-sys.path.insert(0, str(ROOT / "demos"))
-import page
-
-TOKENIZER = Tokenizer()
 FOUND = map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
 BROWSER = next(filter(None, FOUND), None)
 TYPED = ["Is 42 é or ñ?", "No!!", "a <b> & </script>", "x"]
@@ -47,24 +43,11 @@ def near(segments):
     return torch.minimum(MASKS["ism"](segments), MASKS["causal"](segments) + 3)
 
 
-def naive(name, segments):
-    """f of a dialogue by its definition."""
-    last = {number: j for j, number in enumerate(segments, start=1)}
-    last_query = max(end for number, end in last.items() if number % 2 == 1)
-    f = []
-    for j, number in enumerate(segments, start=1):
-        query = number % 2 == 1
-        if name == "prefix":
-            f.append(max(j, last_query))
-        elif name == "ism_sink" and j == 1:
-            f.append(1)
-        elif name in ("ism", "ism_sink") and query:
-            f.append(last[number])
-        elif name == "near" and query:
-            f.append(min(last[number], j + 3))
-        else:
-            f.append(j)
-    return f
+def loops(name, segments):
+    """naive, and f of the mask above."""
+    if name == "near":
+        return [min(f, j + 3) for j, f in enumerate(naive("ism", segments), start=1)]
+    return naive(name, segments)
 
 
 def turns(segments):
@@ -161,7 +144,7 @@ def test_f_and_cache_in_the_page_are_those_of_a_chat(dialogues):
         for mask in MASKS:
             fs = [turn["f"][mask] for turn in made["turns"]]
             kept = [turn["kept"][mask] for turn in made["turns"]]
-            assert fs == [naive(mask, part) for part in parts]
+            assert fs == [loops(mask, part) for part in parts]
             assert kept == kept_by_a_chat(mask, messages)
 
 
@@ -437,7 +420,7 @@ def expected_turns(messages):
         query = len(part) - start - answer
         held = [kept[mask][turn] for mask in MASKS]
         found.append({
-            "f": {mask: naive(mask, part) for mask in MASKS},
+            "f": {mask: loops(mask, part) for mask in MASKS},
             "lanes": [[n, start - n, query, answer] for n in held],
         })
         start = len(part)
@@ -551,19 +534,6 @@ def test_in_a_browser(tmp_path, dialogues, monkeypatch, scheme):
     lines = what_the_pages_say(tmp_path, scheme)
     good = rf"no error in \d{{3,}} checks at (390|1100) pixels, {scheme}"
     assert len(lines) == 6 and all(re.fullmatch(good, line) for line in lines), lines
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (("--ckpt", "no-such.pt"), "python train.py"),
-    (("--ckpt", "README.md"), "not a checkpoint"),
-    (("--race", "no-such.json"), "No such file"),
-    (("--race", "README.md"), "not what demos/race.py --json writes"),
-    (("--race", "demos/quality.json"), "not what demos/race.py --json writes"),
-    (("--out", "/dev/null/x/page.html"), "Not a directory"),
-    (("--nonsense",), "unrecognized"),
-])
-def test_user_errors_are_one_line(arguments, words, tmp_path, last_words):
-    assert words in last_words(page, "--out", str(tmp_path / "page.html"), *arguments)
 
 
 def test_the_command_writes_one_file_that_needs_no_network(tmp_path):

@@ -85,20 +85,6 @@ def test_self_chat_counts_what_a_chat_by_hand_gives(made):
     assert [sum(column) for column in zip(*counted)] == [asked, right]
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--rows", "foo"), "is none of"),
-        (("--seeds", "4-x"), "expected seeds as in 0-2"),
-        (("--seeds", "7-4"), "expected seeds as in 0-2"),
-        (("--json", "README.md"), "holds no figures"),
-        (("--out", "/dev/null/x"), "cannot write"),
-    ],
-)
-def test_errors_are_one_line(flags, words, last_words):
-    assert words in last_words(quality, *flags)
-
-
 def test_a_study_stopped_before_its_first_figures_begins_again(tmp_path, last_words):
     """It leaves no file of its own. That it has begun shows in that its run cannot write."""
     figures, drawn = tmp_path / "quality.json", tmp_path / "x.png"

@@ -164,19 +164,3 @@ def test_the_other_game(tmp_path):
     runners = [(x["runner"], x["seed"]) for x in figures["records"]]
     assert runners == [("causal", 5), ("ism", 5), ("causal", 6), ("ism", 6)]
     assert set(figures["records"][0]["curves"]) == {"all"} and said.count("what is missing?") == 4
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--masks", "causal,foo"), "'foo' is no mask; there are causal, prefix, ism"),
-        (("--steps", "0"), "--steps must be at least 1"),
-        (("--every", "0"), "--every must be at least 1"),
-        (("--task", "chess"), "links"),
-        (("--place", "middle"), "next"),
-        (("--seed", "x"), "invalid int"),
-        (("--out", "/dev/null/x"), "cannot write"),
-    ],
-)
-def test_errors_are_one_line(flags, words, last_words, capsys):
-    assert words in last_words(r, *flags) and not capsys.readouterr().out

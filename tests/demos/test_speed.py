@@ -8,8 +8,6 @@ import json
 import pytest
 from helpers import run
 
-from demos import speed
-
 
 @pytest.mark.slow
 def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
@@ -28,17 +26,3 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
     assert all(s > 0 for seconds in turns for s in seconds)
     for name in figures:
         assert name in done.stdout
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--device", "tpu"), "tpu"),
-        (("--real", "nowhere"), "nowhere"),
-        (("--out", "/dev/null/x.png", "--quick"), "cannot write /dev/null"),
-        (("--json", "/dev/null/x.json"), "cannot write /dev/null"),
-    ],
-)
-def test_errors_are_one_line(flags, words, last_words, capsys):
-    assert words in last_words(speed, *flags)
-    assert not capsys.readouterr().out  # at once, not after the measurements

@@ -1,49 +1,41 @@
 """The theory demo: the layers of linear attention against the closed forms, as close as it says."""
 import json
 import math
-import subprocess
-import sys
 
 import PIL.Image
 import pytest
 from conftest import ROOT
-
-from demos import theory
-
-
-def demo(*flags):
-    command = [sys.executable, str(ROOT / "demos" / "theory.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+from helpers import run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def made(tmp_path_factory):
     """The demo's figures, its picture, and what it prints."""
     folder = tmp_path_factory.mktemp("theory")
     figures, picture = folder / "theory.json", folder / "new" / "theory.png"
-    done = demo("--json", str(figures), "--out", str(picture))
+    done = run("demos/theory.py", "--json", str(figures), "--out", str(picture))
     assert done.returncode == 0, done.stderr
     return json.loads(figures.read_text()), picture, done.stdout
 
 
 @pytest.fixture(scope="module")
-def figures(run):
-    return run[0]
+def figures(made):
+    return made[0]
 
 
 def by_mask(figures, part):
     return {row["mask"]: row for row in figures[part]["rows"]}
 
 
-def test_each_part_ends_in_plain_words(run):
-    _, _, text = run
+def test_each_part_ends_in_plain_words(made):
+    _, _, text = made
     assert all(f"\n{i}. " in text for i in range(1, 5))
     assert text.count("   Claimed: ") == text.count("   Seen: ") == 5
 
 
-def test_the_committed_picture_is_of_today(run):
+def test_the_committed_picture_is_of_today(made):
     today, committed = (PIL.Image.open(path).text["shows"] for path in
-                        (run[1], ROOT / "demos" / "theory.png"))
+                        (made[1], ROOT / "demos" / "theory.png"))
     assert today == committed, "it is old: python demos/theory.py --out demos/theory.png"
 
 
@@ -119,9 +111,3 @@ def test_noise_is_worst_where_a_query_just_fits(figures):
     # Stopped in time, longer queries are better.
     there = [row["error_there"] for row in rows]
     assert there == sorted(there, reverse=True)
-
-
-@pytest.mark.parametrize("flag", ["--json", "--out"])
-def test_a_path_that_cannot_be_written_is_one_line(flag, last_words):
-    assert "cannot write /dev/null/file" in last_words(theory, flag, "/dev/null/file")
-    assert "unrecognized arguments: --quik" in last_words(theory, "--quik")
