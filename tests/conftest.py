@@ -1,3 +1,14 @@
+"""
+What all tests share with pytest. To read the tests, begin with three files:
+
+    test_mask     each mask against a naive loop; what f must be for, so that nothing leaks
+    test_model    the model against a reference in float64; a cache changes nothing
+    test_chat     a chat's cache against one fresh forward, whatever people type
+
+helpers.py holds a tiny model and chat, random dialogues, files, a naive f; folders.py published
+models by transformers; demos/ the tests of the demos. One-line errors are tables: test_errors.py
+and demos/test_demo_errors.py.
+"""
 import os
 import pathlib
 import shutil

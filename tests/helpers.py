@@ -16,7 +16,7 @@ from data.hf import read_config, save_pretrained
 from data.hf.tokenizer import SYMBOLS
 from data.tokenizer import Tokenizer
 from mask import MASKS, reusable
-from model import GPT, GPTConfig
+from model import GPT, Cache, GPTConfig, Replay
 from sample import Chat
 from train import Settings
 
@@ -72,9 +72,8 @@ def check_cache(chat):
 
 
 def peak_memory():
-    """The most memory that this process ever had, in MB. On Linux and macOS alone."""
-    import resource
-
+    """The most memory that this process ever had, in MB. Skips the test on Windows."""
+    resource = pytest.importorskip("resource", reason="Windows has no module `resource`")
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes, Linux kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -177,6 +176,21 @@ def naive(name, segments):
                     end = max(end, i + 1)
         f.append(end)
     return f
+
+
+def decoded(model, tokens, f):
+    """The logits (T, V) of a dialogue: Replay writes answers, a query is read in one call."""
+    cache = Cache(model.config, device=tokens.device, dtype=model.embed.weight.dtype)
+    cache.k.fill_(torch.nan)  # what memory happens to hold must not matter
+    replay = Replay(model, cache)
+    parts, T = [], tokens.shape[1]
+    while cache.length < T:
+        start, end = cache.length, int(f[0, cache.length])
+        if end == start + 1:
+            parts.append(replay(int(tokens[0, start]))[None].clone())
+        else:
+            parts.append(model(tokens[:, start:end], f[:, start:end], cache)[0])
+    return torch.cat(parts)
 
 
 def exact_attention(q, k, v, f):

@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VARIANTS, OnCpu, make_model, random_dialogue
-from test_model import decoded
+from helpers import TOKENIZER, VARIANTS, OnCpu, decoded, make_model, random_dialogue
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
@@ -18,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 import model as model_module
 import sample as sample_module
 from data.machine import clock
-from data.tokenizer import Tokenizer
 from mask import causal, dense, ism
 from model import (
     FLEX_FROM,
@@ -34,7 +32,7 @@ from model import (
     sdpa,
 )
 
-TOKENIZER, META = Tokenizer(), torch.device("meta")
+META = torch.device("meta")
 
 
 class Watched(TorchDispatchMode):
