@@ -60,7 +60,7 @@ LINES = {
     "the lessons": 830,  # above the line
     "data": 3930,
     "demos": 4260,
-    "tests": 9750,
+    "tests": 8950,
 }
 
 
