@@ -921,7 +921,7 @@ def faster(model, dtype=torch.float32, tell=print):
                 changed.append("reading one token")
     if changed:
         ways = ", ".join(changed)
-        tell(f"model.py was changed: it runs as written there, without faster ways for {ways}")
+        tell(f"model.py was changed, so it runs as written there, which is slower: {ways}")
     return model
 
 
