@@ -123,7 +123,7 @@ def test_a_race_shows_a_table_a_game_and_why(tmp_path):
     assert [x["runner"] for x in figures["records"]] == names
     for record in figures["records"]:
         assert set(record["curves"]) == {"1 step", r.TWO, *r.SPLIT, "3 steps"}
-        assert len(record["guesses"]) == 9
+        assert len(record["guesses"]) == 18
         assert set(record["reading"]) == {"tokens", "looks", "goals"}
         for kind, curve in record["curves"].items():
             assert len(curve) == 2 and all(0 <= share <= 1 for share in curve)
