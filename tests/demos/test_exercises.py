@@ -99,7 +99,7 @@ WRONG = [
     (2, "            return None", "            pass", "still goes alone"),
     (2, "self.f[:, start:end] = end", "self.f[:, start:end] = 1", "put back"),
     (2, LATE_END, "", "still goes alone"),
-    (2, '"test_random_sessions"', '"test_printable"', "passes with Late"),
+    (2, '"test_random_sessions"', '"test_what_a_terminal_sends"', "passes with Late"),
     (2, '"test_random_sessions"', '"test_no_such"', "has no test"),
     (3, "f.cummax(1).values", "f", "in 2 layers"),
     (3, "f.cummax(1).values", "f.amax(1, keepdim=True)", "nothing that reaches it"),
