@@ -210,7 +210,7 @@ def sources(c, split, n, seed):
 
 
 def said_twice(messages):
-    """Each query twice over, so that its second half is read with all of it in view."""
+    """Repeat each query, so that its second copy sees all of the first."""
     texts = {"user": "{0}\n\n{0}"}
     return [{**m, "content": texts.get(m["role"], "{0}").format(m["content"])} for m in messages]
 
@@ -256,17 +256,17 @@ def run_one(c, mask, seed, rate):
     }
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        given = splits(c, seed, Path(folder))
+        data = splits(c, seed, Path(folder))
 
         def watch(run, loss):
             print(f"step {run.step}, loss {loss.item():.3f}", flush=True)
             # After the first step the model is still nearly the published one.
             if run.step == 1 or run.step % c.every == 0:
                 record["steps"].append(run.step)
-                for kind, split in given["val"].items():
+                for kind, split in data["val"].items():
                     record["curves"].setdefault(kind, []).append(ask(run, split)[:2])
             if run.step == c.steps:
-                for kind, split in given["test"].items():
+                for kind, split in data["test"].items():
                     if kind == "gsm8k":
                         sums = loss_by_dialogue(run, split)
                         record["pairs"] = dict(zip(("loss", "tokens"), map(on_one_line, sums)))
@@ -276,9 +276,9 @@ def run_one(c, mask, seed, rate):
                     record["end"][kind] = loss, right
                     record["families"].update(families)
 
-        # What train.py itself asks at the end is not needed; so it gets what is soon done.
-        soon = next(iter(given["val"].values()))
-        finetune(s, {"train": given["train"], "test": soon}, watch)
+        # train() evaluates "test" at its end. The result is not used, so it gets a small split.
+        small = next(iter(data["val"].values()))
+        finetune(s, {"train": data["train"], "test": small}, watch)
     return {**record, "seconds": time.time() - began}
 
 
@@ -314,7 +314,7 @@ def on_one_line(numbers):
 
 
 def run_all(c):
-    """Run what has no file yet: all masks of a seed, then the next seed."""
+    """Make the runs that have no file yet: all masks of a seed, then the next seed."""
     for seed in c.all_seeds:
         for mask in c.masks.split(","):
             rates = c.tried
@@ -334,7 +334,7 @@ def chosen_by(run):
 
 
 def named(run):
-    """What tables call a run and those that differ from it in the seed and the rate alone."""
+    """The name of a run in tables. Runs that differ in seed and rate alone share it."""
     parts = [run["mask"]]
     if run["twice"]:
         parts.append("given twice")
@@ -346,7 +346,7 @@ def named(run):
 
 
 def best_rate(runs, name):
-    """The rate that leaves the least loss, of those that the first seed has tried."""
+    """Of the rates that the first seed has tried, the one with the least loss on val."""
     runs = [run for run in runs if named(run) == name]
     first = min(run["seed"] for run in runs)
     return min((run for run in runs if run["seed"] == first), key=chosen_by)["rate"]
@@ -356,7 +356,7 @@ def best_rate(runs, name):
 
 
 def at_best(figures):
-    """{what tables call them: the runs of that name at its best rate, by seed}."""
+    """{name in tables: the runs of that name at its best rate, by seed}."""
     found = {}
     for name in dict.fromkeys(map(named, figures["runs"])):
         best = name, best_rate(figures["runs"], name)

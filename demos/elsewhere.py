@@ -3,8 +3,8 @@ A model that was fine-tuned under ISM, used elsewhere: with transformers alone, 
 
     python demos/elsewhere.py FOLDER "My name is Ann." "What is my name?"
 
-transformers runs every folder as causal. A model of ISM then still writes, only worse, and nothing
-tells. Two things make it right. The tokens of a query see each other: they are read in one call
+transformers runs every folder as causal. A model of ISM then still writes, only worse, and without
+a warning. Two things make it right. The tokens of a query see each other: they are read in one call
 with a mask that hides nothing. And the token that ends an answer belongs to the answer: it is read
 by itself, not with the next query. With that the cache of keys and values works as ever. Under
 ism_sink the first token of all sees itself alone.

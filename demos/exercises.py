@@ -111,9 +111,17 @@ def as_lists(value, name, shape):
     return value.tolist()
 
 
-def dialogues(count, seed=0):
+def numbers(value, name, masks):
+    """A student's numbers, one for each mask; Wrong if they are anything else."""
+    begun(value, name)
+    fits = isinstance(value, (tuple, list)) and len(value) == len(masks)
+    check(fits, f"{name} has to return {len(masks)} numbers: {', '.join(masks)}")
+    return value
+
+
+def dialogues(count):
     """`count` random dialogues as segment numbers: queries and answers of 1 to 5 tokens."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     for _ in range(count):
         n_segments = rng.randint(2, 7)
         yield [number for number in range(1, n_segments) for _ in range(rng.randint(1, 5))]
@@ -198,12 +206,11 @@ def exercise_1(a):
 def check_lookahead(row, w, mine):
     """f of one dialogue, token by token."""
     for j, (number, end) in enumerate(zip(row, ends(row)), start=1):
+        f, kind = j, "padding"
         if is_query(number):
-            kind, f = "a query", min(end, j + w)
+            f, kind = min(end, j + w), "a query"
         elif is_answer(number):
-            kind, f = "an answer", j
-        else:
-            kind, f = "padding", j
+            kind = "an answer"
         check(mine[j - 1] == f, f"segments {row}, w = {w}: token {j} is in {kind} and sees {f} "
                                 f"tokens; yours sees {mine[j - 1]}")
 
@@ -349,17 +356,14 @@ def is_leak(f, j):
 
 def check_trained(row, f, mine):
     """The loss mask of one dialogue, token by token."""
-    T = len(row)
-    for j in range(T):
-        if j + 1 == T or not is_answer(row[j + 1]):
-            right, why = False, "the next token is no answer's"
-        elif is_leak(f, j):
-            right, why = False, f"the next token reaches it in {hops(f, j, j + 1)} layers"
-        else:
-            right, why = True, "nothing that reaches it has seen the next token"
-        may = "may" if right else "may not"
-        check(bool(mine[j]) == right, f"segments {row}, f {f}: token {j + 1} (counting from 1) "
-                                      f"{may} be trained: {why}")
+    for j in range(len(row)):
+        may, why = "may not", "the next token is no answer's"
+        if j + 1 < len(row) and is_answer(row[j + 1]):
+            why = f"the next token reaches it in {hops(f, j, j + 1)} layers"
+            if not is_leak(f, j):
+                may, why = "may", "nothing that reaches it has seen the next token"
+        check(bool(mine[j]) == (may == "may"), f"segments {row}, f {f}: token {j + 1} (counting "
+                                               f"from 1) {may} be trained: {why}")
 
 
 def first_leak(row, f):
@@ -483,7 +487,7 @@ def exercise_5(a):
     rng = random.Random(2)
     for size in [5] * 100 + [3000] * 20:
         lengths = [rng.randint(1, size) for _ in range(2 * rng.randint(1, 4))]
-        got = three_numbers(a, lengths)
+        got = numbers(a.pairs(list(lengths)), "pairs()", tuple(PAIR_HINTS))
         for name, mine in zip(PAIR_HINTS, got):
             counted = count_pairs(name, lengths)
             check(mine == counted, f"lengths {lengths}, {name}: {counted} pairs, yours are {mine}. "
@@ -494,13 +498,6 @@ def exercise_5(a):
         shares = f"ism {of_ism / of_causal:.2f}, prefix {of_prefix / of_causal:.2f}"
         lines.append(f"   queries of {n:3} tokens: {shares}")
     return "\n".join(lines)
-
-
-def three_numbers(a, lengths):
-    got = begun(a.pairs(list(lengths)), "pairs()")
-    three = isinstance(got, (tuple, list)) and len(got) == 3
-    check(three, "pairs() returns three numbers: causal, ism, prefix")
-    return got
 
 
 def count_pairs(name, lengths):
@@ -530,9 +527,7 @@ def exercise_6(a):
     hints = ("No definition sees the one that it needs. Who moves at all?",
              "All definitions move in each layer. How far do they point then?")
     for n_layer in range(1, 8):
-        got = begun(a.longest(n_layer), "longest()")
-        two = isinstance(got, (tuple, list)) and len(got) == 2
-        check(two, "longest() returns two numbers: causal, ism")
+        got = numbers(a.longest(n_layer), "longest()", ("causal", "ism"))
         for mask, mine, hint in zip((causal, ism), got, hints):
             right = longest_chain(mask, n_layer)
             check(mine == right, f"under {mask.__name__} the longest chain for n_layer = {n_layer} "

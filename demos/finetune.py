@@ -98,7 +98,7 @@ def finetune(s, splits=None, watch=None):
 
     splits, watch: as of `train`; with splits no file is written.
     """
-    # Absolute, should a watch change the working directory.
+    # Absolute paths, since a `watch` may change the working directory.
     source, out = pathlib.Path(s.init_from).absolute(), pathlib.Path(s.out_dir).absolute()
     if s.resume and splits is None:
         asked = {name: getattr(s, name) for name in ("lora", "rank", "alpha", "layers")}
@@ -109,7 +109,7 @@ def finetune(s, splits=None, watch=None):
     else:
         dtype = machine.pick_dtype(s.dtype, machine.pick_device(s.device))
         s.dtype = str(dtype).removeprefix("torch.")
-        # What is frozen needs no more digits than are computed with.
+        # Frozen weights need no more digits than the computation has.
         model = from_pretrained(s.init_from, s.block_size, dtype)
         torch.manual_seed(s.seed)
         add_lora(model, s.rank, s.alpha, s.layers.split(","))

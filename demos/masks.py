@@ -23,7 +23,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import machine
-from data.checkpoint import write_json
 from data.machine import setting
 from data.synthetic import generate
 from data.tokenizer import Tokenizer
@@ -40,12 +39,11 @@ DIALOGUE = [
 
 
 @dataclass
-class Settings:
+class Masks:
     """What is counted and where it goes. Each field is a flag of the command line."""
 
     masks: str = setting("causal,prefix,ism", "names of masks, with commas between")
     dialogues: int = setting(2000, "training dialogues to count")
-    json: str = setting("", "write all figures to this file")
     out: str = setting(picture("masks"), "the picture, a PNG")
 
     def __post_init__(self):
@@ -153,7 +151,7 @@ def cacheable(name, model, tokens, segments):
             "cut": end,
             "f_changed": where(f_cut[0] != f[0, :end]),
             "stale": where(off > ROUNDING),
-            # The same by mask.py, which looks at f alone.
+            # What mask.py says, which looks at f alone.
             "reusable": reusable(f_cut, f),
         })
     return rows
@@ -161,7 +159,7 @@ def cacheable(name, model, tokens, segments):
 
 @torch.no_grad()
 def measure(masks, n_dialogues):
-    """All figures of masks, a list of names, as they stand in the file of --json."""
+    """All figures of masks, a list of names."""
     tokenizer = Tokenizer()
     tokens, segments = tokenizer.encode_dialogue(DIALOGUE)
     labels = [tokenizer.decode([token]).strip() for token in tokens]
@@ -260,13 +258,11 @@ def draw_mask(axis, figures, part):
 
 def main():
     with machine.errors_in_one_line("fewer --dialogues take less"):
-        s = machine.parse(Settings, "The masks on one short dialogue: drawn, counted, tested.")
-        check_writable(s.out, json=s.json)
+        s = machine.parse(Masks, "The masks on one short dialogue: drawn, counted, tested.")
+        check_writable(s.out)
         figures = measure(s.masks.split(","), s.dialogues)
         report(figures, s.dialogues)
         draw(figures, s.out)
-        if s.json:
-            write_json(s.json, figures)
         print(f"\nThe picture: {s.out}")
 
 

@@ -1,7 +1,7 @@
 """
-What the demos put out: tables, pictures, and the figures of studies, which are made of many runs.
+What the demos share: pictures, tables, and studies, which are many runs and their figures.
 
-    python demos/output.py    makes the pictures anew that are in the repository, in minutes
+    python demos/output.py    makes the pictures of the repository anew, in minutes
 """
 import functools
 import json
@@ -52,7 +52,7 @@ def dashes(name):
 
 
 def picture(name):
-    """Where a demo's picture goes if no one says otherwise."""
+    """The default path of a demo's picture."""
     return str(PICTURES / f"{name}.png")
 
 
@@ -75,9 +75,9 @@ def save(figure, path, dpi):
 
 
 def check_writable(*paths, json=""):
-    """Make the folders of the files and try the files, before the work. Ends the program if not.
+    """End the program in one line if a file cannot be written. Makes the files' folders.
 
-    json: one more file, that of the figures, where it was asked for.
+    To be called before the work. json: one more file, or "".
     """
     for path in map(Path, (*paths, json) if json else paths):
         try:
@@ -176,6 +176,7 @@ def commit():
 
 
 def spelled(value):
+    """A value as the text of a cell."""
     if value is None:
         return "-"
     if isinstance(value, bool) or isinstance(value, str):
@@ -197,10 +198,10 @@ def table(title, rows):
             print("| " + " | ".join(rules) + " |")
 
 
-def by_group(title, found, told):
+def by_group(title, found, cell):
     """Rows for `table`, one a group of {name: {seed: {group: value}}}; ISM - causal, seed by seed.
 
-    told: `percent` or `decimals`, which makes a cell of a list of values.
+    cell: `percent` or `decimals`, which turns a list of values into text.
     """
     lines = []
     causal = next((name for name in found if name.startswith("causal")), None)
@@ -210,12 +211,12 @@ def by_group(title, found, told):
         values = {name: {seed: groups[group] for seed, groups in seeds.items() if group in groups}
                   for name, seeds in found.items()}
         for name in found:
-            line[name] = told(list(values[name].values()))
+            line[name] = cell(list(values[name].values()))
         for name in found:
             if name.startswith("ism") and causal:
                 pairs = values[name].keys() & values[causal].keys()
                 both = [values[name][seed] - values[causal][seed] for seed in sorted(pairs)]
-                line[f"{name} - {causal}"] = told(both, "+")
+                line[f"{name} - {causal}"] = cell(both, "+")
         lines.append(line)
     return lines
 

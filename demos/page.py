@@ -37,7 +37,7 @@ ANNA = [
 
 
 @dataclass
-class Settings:
+class Page:
     """Each field is a flag of the command line."""
 
     ckpt: str = setting("", "a checkpoint of train.py, out/ckpt.pt say, to see what its model does")
@@ -68,7 +68,7 @@ def examples(tokenizer, context=100):
     return found
 
 
-def look(model, tokens, f):
+def attention_weights(model, tokens, f):
     """A model reads tokens (1, T) under f -> its attention weights (L, H, T, T), and the
     probabilities (T, V) of what follows each token.
     """
@@ -87,8 +87,8 @@ def look(model, tokens, f):
 
 
 def model_data(model, tokenizer, tokens, f):
-    """What the page shows of `look`. The weights are bytes, to keep the page small."""
-    weights, probabilities = look(model, torch.tensor([tokens]), f)
+    """What the page shows of `attention_weights`. The weights are bytes, to keep the page small."""
+    weights, probabilities = attention_weights(model, torch.tensor([tokens]), f)
     raw = (255 * weights).round().byte().numpy().tobytes()
     # After each token but the last: the probability of the one that does follow.
     following = [round(float(p[token]), 4) for p, token in zip(probabilities, tokens[1:])]
@@ -198,7 +198,7 @@ def page(dialogues, tokenizer, model=None, trained="", race=None, masks=MASKS):
 
 def main():
     with machine.errors_in_one_line("a smaller model takes less"):
-        s = machine.parse(Settings, "Write a page that shows what each mask does.")
+        s = machine.parse(Page, "Write a page that shows what each mask does.")
         race = read_race(s.race) if s.race else None
         out = Path(s.out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ seeds of each, each seed with its own data and weights:
 Each run is a command of its own: python train.py --mask causal --seed 1 --out_dir FOLDER. Then the
 model chats with itself, as in BotChat: its own answers stand in the history in place of the right
 ones. All dialogues are synthetic: these are not scores on the paper's benchmarks. Where reading
-both ways wins is shown by demos/race.py. A study that was stopped goes on by the same command, and
-commands with other seeds or rows can run beside each other.
+both ways wins is shown by demos/race.py. The same command goes on with a study that was stopped.
+Commands with other seeds or rows can run beside each other.
 """
 import functools
 import json
@@ -79,7 +79,7 @@ class Quality(Study):
 
 
 def run_all(study):
-    """Train and measure what has no file yet: all rows of a seed, then the next seed."""
+    """Make the runs that have no file yet: all rows of a seed, then the next seed."""
     for seed in study.all_seeds:
         for row in study.rows.split(";"):
             folder = Path(study.runs, f"{row.replace(', ', '-').replace(' ', '-')}-{seed}")
@@ -88,7 +88,7 @@ def run_all(study):
 
 
 def run_one(study, row, seed, folder):
-    """One run of train.py, which goes on if it was stopped, and what is measured of it."""
+    """Run train.py, or resume a run that was stopped -> its figures."""
     print(f"{row}, seed {seed}", flush=True)
     command = [sys.executable, "train.py", *ROWS[row], "--seed", str(seed)]
     command += ["--out_dir", str(folder)]
@@ -128,8 +128,8 @@ GROUPS = {  # where the metrics have the shares, and what stands before their na
     "accuracy": "", "accuracy_by_turn": "turn: ", "accuracy_by_kind": "reasoning: ",
     "accuracy_new_words": "new words: ",
 }
-# Named before seeds 4 to 15 were run: where an answer needs a word that stands behind the one that
-# it is about, and where that cannot matter.
+# Chosen before seeds 4 to 15 were run. In the first two families an answer needs a word that stands
+# behind the one that it is about; in the other two that cannot matter.
 NAMED = {
     "needs a word behind": ("reasoning", "induction"),
     "needs none behind": ("follow-up", "expansion"),

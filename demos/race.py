@@ -42,7 +42,7 @@ from data.checkpoint import write_json
 from data.loader import Split
 from data.machine import setting
 from demos.output import check_masks, check_writable, color, dashes, picture, plt, save, table
-from demos.page import look
+from demos.page import attention_weights
 from mask import MASKS
 from model import GPT
 from train import Settings, check_mask, evaluate, model_config, train
@@ -222,7 +222,7 @@ def reading(model, games, mask):
     tokens, segments = games.collate(games.rows(mask)[:1])  # (1, T) each
     n = int((segments == 1).sum())
     tokens, f = tokens[:, :n], mask(segments)[:, :n].clamp(max=n)  # (1, n) each
-    weights, _ = look(model.eval(), tokens, f)  # (L, H, n, n)
+    weights, _ = attention_weights(model.eval(), tokens, f)  # (L, H, n, n)
     weights = weights.amax(1)  # (L, n, n)
     weights.diagonal(dim1=1, dim2=2).zero_()  # a token that looks at itself finds nothing
     most, places = weights.max(-1)  # (L, n) each
@@ -258,7 +258,7 @@ def runner(messages, race, name, seed, threads):
 BAR = "{desc} {percentage:3.0f}%|{bar:8}|{n}/{total} {remaining}{postfix}"
 
 
-def hold(race, seed):
+def run_race(race, seed):
     """One race, told while it goes on -> the records of its runners."""
     names = list(race.runners())
     threads = max(1, os.cpu_count() // len(names))
@@ -411,7 +411,7 @@ def main():
         check_writable(race.out, json=race.json)
         records = []
         for seed in range(race.seed, race.seed + race.seeds):
-            records += hold(race, seed)
+            records += run_race(race, seed)
         report(race, records)
         draw(race, records)
         if race.json:

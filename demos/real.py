@@ -9,8 +9,8 @@ A real model on a laptop: a GGUF file becomes a folder in the Hugging Face forma
 
 A GGUF file holds all that a model needs: its sizes, its tokenizer, its chat template, and its
 weights, mostly in 4 to 8 bits. The library gguf reads it and turns the weights into numbers. What
-is left to do is to name things as Hugging Face folders do, and to put two tensors of each layer of
-a LLaMA back into their order.
+is left to do is to give things the names of Hugging Face folders, and to put the rows of two
+tensors of each layer of a LLaMA back into their order.
 """
 import importlib.util
 import json
@@ -263,7 +263,7 @@ def write_folder(path, folder, dtype):
     for name, content in small.items():
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / name).write_text(text, encoding="utf-8")
-    load_tokenizer(folder)  # a folder with which one could not chat is of no use here
+    load_tokenizer(folder)  # ValueError if one could not chat with it
     shapes, read = make_reader(file, read_config(folder))
     write_safetensors(folder / "model.safetensors", shapes, DTYPES[dtype], read)
 

@@ -38,7 +38,7 @@ QUERIES = ["My name is Ann and I live in Rome. What can I do there in the rain?"
 
 
 @dataclass
-class Settings:
+class Sink:
     """Each field is a flag of the command line."""
 
     init_from: str = setting("out/smollm2", "a Hugging Face folder of a model trained causally")
@@ -124,11 +124,11 @@ def sizes(model, dialogue, name):
     """The norms of the hidden states behind each block: of the first token, of the median one."""
     norms = []
 
-    def look(block, inputs, x):
+    def record(block, inputs, x):
         norms.append(x[0].float().norm(dim=-1))  # (T,)
 
     tokens, segments, apart = dialogue
-    hooks = [block.register_forward_hook(look) for block in model.blocks]
+    hooks = [block.register_forward_hook(record) for block in model.blocks]
     with machine.autocast(torch.device("cpu"), model.embed.weight.dtype):
         model(tokens, bounds(name, segments, apart))
     for hook in hooks:
@@ -162,7 +162,7 @@ def talk(chat, names):
 
 def main():
     with machine.errors_in_one_line("a smaller model takes less"):
-        s = machine.parse(Settings, "The attention sink of a published model under ISM.")
+        s = machine.parse(Sink, "The attention sink of a published model under ISM.")
         check_writable(s.out)
         machine.tune_cpu()
         chat = load_chat(s.init_from, device="cpu", max_new_tokens=40)

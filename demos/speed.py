@@ -27,7 +27,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import hf, machine
-from data.checkpoint import write_json
 from data.loader import Split, prepare
 from data.machine import setting
 from data.tokenizer import Tokenizer
@@ -59,7 +58,6 @@ class Speed:
     quick: bool = setting(False, "fewer repeats")
     transformers: bool = setting(False, "beside transformers (1 minute)")
     real: str = setting("", "the folder of a real model to decode (2 minutes)")
-    json: str = setting("", "write the figures to this file")
     out: str = setting(picture("speed"), "the picture")
 
     def __post_init__(self):
@@ -120,7 +118,7 @@ def training(a):
     splits = {"train": some, "test": Some(some, 1)}
     seconds = {name: [] for name in ("causal", "ism", "prefix")}
     for turn in range(a.repeats(20) + 1):
-        # There and back: a pass takes some 3 % longer or less after one that takes long.
+        # In alternating order: what runs after a long pass is some 3 % slower or faster.
         for name in list(seconds)[:: (-1) ** turn]:
             n_tokens = s.batch_size * s.block_size
             steps = len(some.batches(some.rows(MASKS[name]), n_tokens, (0, 0)))
@@ -178,7 +176,7 @@ def first_tokens(a):
             way: Chat(model, tokenizer, MASKS[name], max_new_tokens=20)
             for way, name in ways.items()
         }
-        for chat in chats.values():  # answers of 20 tokens: <|end|> is never said
+        for chat in chats.values():  # <|end|> is never sampled, so an answer has 20 tokens
             chat.silent = torch.cat([chat.silent, chat.silent.new_tensor([tokenizer.end])])
         for turn in range(turns):
             for way, chat in chats.items():
@@ -370,7 +368,7 @@ def draw(turns, path):
 
 
 def measure(a):
-    """All that was asked for, with a bar that names what goes on."""
+    """Measure all parts -> figures by name. A progress bar names the current part."""
     parts = {
         "a training pass, times causal's": training,
         "attention, ISM over causal at T": by_length,
@@ -397,13 +395,11 @@ def measure(a):
 def main():
     with machine.errors_in_one_line("--quick needs less"):
         a = machine.parse(Speed, "What ISM costs beside causal, and how fast a chat writes.")
-        check_writable(a.out, json=a.json)
+        check_writable(a.out)
         machine.tune_cpu()
         figures = measure(a)
         print("\n".join(f"{name:60} {text}" for name, text in flat(figures)))
         draw(figures["first token by turn"], a.out)
-        if a.json:
-            write_json(a.json, figures)
         print(f"The picture: {a.out}")
 
 

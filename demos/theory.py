@@ -43,7 +43,6 @@ example, under prefix all of them are one block, and under ISM a query is a bloc
 import math
 import sys
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +50,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import machine
-from data.checkpoint import write_json
-from data.machine import setting
 from demos.output import check_writable, color, dashes, picture, plt, save, table
 from mask import causal, dense, ism, prefix
 
@@ -61,14 +58,6 @@ D = 16  # dimensions of an input
 N = 60  # examples in a dialogue
 MASKS = {"causal": causal, "prefix": prefix, "ism": ism}
 LENGTHS = [1, 2, 3, 5, 10, 12, 15, 20, 30, 60]  # examples in one query: 1 is causal, N is prefix
-
-
-@dataclass
-class Settings:
-    """How much is computed and where it goes. Each field is a flag of the command line."""
-
-    json: str = setting("", "write all figures to this file")
-    out: str = setting(picture("theory"), "the picture")
 
 
 # --- the task, and how a dialogue tells it ------------------------------------------------------
@@ -301,16 +290,14 @@ def final_query(draws, layers):
          f"step {eta:.4f}, {layers} layers", rows,
          {"mask": "mask", "off_descent": "off batch descent by", "left": "|w - w*|^2 left"})
     with_keys = gap(reads["ism, asking with keys"], zero_labels)
-    figures = {"rows": rows, "eta": eta, "keys_vs_zero_labels": with_keys}
+    figures = {"rows": rows, "keys_vs_zero_labels": with_keys}
     figures |= convergence(X, w, reads["ism"], eta)
-    by_mask = {row["mask"]: row for row in rows}
     slowest, fastest = max(figures["measured"]), min(figures["measured"])
     say("under ISM the final query is read by batch gradient descent and comes to w*.",
-        f"each layer is a step of batch gradient descent, to {by_mask['ism']['off_descent']:.0e}; "
-        f"|w - w*| is {fastest:.2f} to {slowest:.2f} times as large after each layer, as the "
-        f"inputs' least eigenvalue predicts to {figures['off_by']:.0e}. Causal stops at "
-        f"{by_mask['causal']['left']:.2g}. A token that asks must have no key: with one it is an "
-        f"example with the label 0 (to {with_keys:.0e}), and w is off.")
+        f"each layer is a step of it; |w - w*| is {fastest:.2f} to {slowest:.2f} times as large "
+        f"after each layer, as the inputs' least eigenvalue predicts to {figures['off_by']:.0e}. "
+        "Causal stops before w*. A token that asks must have no key: with one it is an example "
+        f"with the label 0 (to {with_keys:.0e}), and w is off.")
     return figures
 
 
@@ -356,13 +343,10 @@ def online(draws, layers, n=640, noise=0.3):
          "the long run", rows,
          {"mean": "mean of x", "noise": "noise", **{f"error_{k}": str(k) for k in SHOWN},
           "measure": "in the long run", "measured": "measured", "predicted": "predicted"})
-    clean, noisy = rows[0], rows[1]
     say("a causal model makes online updates.",
-        f"so it does (to {max(row['off_online'] for row in rows):.0e}), and more layers do not "
-        f"bring it to w*: it fits each example once. 20 examples leave {clean['error_20']:.2g}, 80 "
-        f"leave {clean['error_80']:.2g}, and more the further the mean of the inputs is from zero: "
-        f"{rows[-2]['error_80']:.2g} at mean 3. With noise {noise} an error of "
-        f"{noisy['measured']:.2g} stays, however many examples there are.")
+        "so it does, and more layers do not bring it to w*: it fits each example once. More is "
+        "left the further the mean of the inputs is from zero. With noise an error stays, however "
+        "many examples there are.")
     return {"rows": rows}
 
 
@@ -370,11 +354,9 @@ def follow_causal(mean, noise, layers):
     """The layers and where they stop against the closed forms, on 8 draws."""
     X, y, _ = regression(8, mean=mean, noise=noise, seed=1)
     tokens, segments = dialogue(X, y)
-    f = causal(segments)
-    eta = batch_step(X)
-    read = read_out(tokens, f, eta, layers)  # (layers + 1, B, D)
+    f, eta = causal(segments), batch_step(X)
     return {
-        "off_online": gap(read, online_descent(X, y, 1, eta, layers)),
+        "off_online": gap(read_out(tokens, f, eta, layers), online_descent(X, y, 1, eta, layers)),
         "off_sweep": gap(fixed_point(tokens, f)[:, -D:], kaczmarz(X, y, 1)[-1]),
     }
 
@@ -425,28 +407,19 @@ def spread(part, draws, layers, noise):
           "off_sweep": "where they stop, off by", "error": "|w - w*|^2 there",
           "standard_error": "standard error", "expected": "expected",
           "best_depth": "best depth", "error_there": "|w - w*|^2 at it"})
-    return {"rows": rows, "eta": eta, "noise": noise}
-
-
-def say_spread(rows):
-    """The words for part 3."""
     of = {row["length"]: row["error"] for row in rows}
-    say("ISM is between causal and prefix.",
-        "each query is fitted as one block, in one go, on what the earlier ones left over. So "
-        f"|w - w*|^2 falls from {of[1]:.2g} (one example in a query, which is causal) over "
-        f"{of[10]:.2g} (10 in a query) to {of[20]:.0e}, which is w* itself, as soon as one query "
-        f"holds as many examples as there are dimensions ({D}).")
-
-
-def say_noise(rows):
-    """The words for part 4."""
-    of = {row["length"]: row for row in rows}
-    say("ISM is no worse than causal.",
-        f"with noise on the labels it can be. Causal stops at {of[1]['error']:.2g}; 15 examples in "
-        f"a query of {D} dimensions at {of[15]['error']:.2g}, for a block that just fits takes the "
-        f"noise in; all {N} in one at {of[N]['error']:.2g}. With few layers the fit is cut short, "
-        f"and longer queries are better at once: {of[1]['error_there']:.2g} for causal, "
-        f"{of[15]['error_there']:.2g} for 15, {of[N]['error_there']:.2g} for {N}.")
+    if noise:
+        say("ISM is no worse than causal.",
+            f"with noise on the labels it can be. Causal stops at {of[1]:.2g}; 15 examples in a "
+            f"query of {D} dimensions at {of[15]:.2g}, for a block that just fits takes the noise "
+            f"in; all {N} in one at {of[N]:.2g}. With few layers the fit is cut short, and longer "
+            "queries are better at once.")
+    else:
+        say("ISM is between causal and prefix.",
+            "each query is fitted as one block, on what the earlier ones left over. So |w - w*|^2 "
+            f"falls from {of[1]:.2g} (one example in a query, which is causal) to w* itself, as "
+            f"soon as one query holds as many examples as there are dimensions ({D}).")
+    return {"rows": rows}
 
 
 def follow_turns(X, y, w, length, eta, layers):
@@ -575,23 +548,25 @@ def plot_by_depth(axis, rows):
     axis.set(title=title, xlabel="layers", xscale="symlog", yscale="log")
 
 
+def measure():
+    """Print all parts -> their figures by name."""
+    return {
+        "final_query": final_query(draws=16, layers=400),
+        "online": online(draws=256, layers=200),
+        "spread": spread(3, draws=1024, layers=200, noise=0.0),
+        "earlier_turns": earlier_turns(),
+        "noise": spread(4, draws=1024, layers=200, noise=0.5),
+    }
+
+
 def main():
+    parser = machine.Parser("What causal, ISM and prefix compute on linear regression.")
+    parser.add_argument("--out", default=picture("theory"), help="the picture")
+    out = parser.parse_args().out
     with machine.errors_in_one_line("it takes 1 GB"):
-        s = machine.parse(Settings, "What causal, ISM and prefix compute on linear regression.")
-        check_writable(s.out, json=s.json)
-        figures = {
-            "final_query": final_query(draws=16, layers=400),
-            "online": online(draws=256, layers=200),
-            "spread": spread(3, draws=1024, layers=200, noise=0.0),
-        }
-        say_spread(figures["spread"]["rows"])
-        figures["earlier_turns"] = earlier_turns()
-        figures["noise"] = spread(4, draws=1024, layers=200, noise=0.5)
-        say_noise(figures["noise"]["rows"])
-        plot(figures, s.out)
-        if s.json:
-            write_json(s.json, figures)
-        print(f"\nThe picture: {s.out}")
+        check_writable(out)
+        plot(measure(), out)
+        print(f"\nThe picture: {out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from helpers import make_folder
 
 ERRORS = {  # of each program: some flags, and words that the line must have
     "masks --out {tmp}/x.png": {
-        "--json README.md/x": "cannot write",
         "--out README.md/x": "cannot write",
         "--dialogues 0": "at least 1",
         "--masks ism,yours": "'yours' is no mask",
@@ -25,7 +24,6 @@ ERRORS = {  # of each program: some flags, and words that the line must have
         "--nonsense": "--nonsense",
     },
     "theory": {
-        "--json README.md/x": "cannot write",
         "--out README.md/x": "cannot write",
         "--quik": "--quik",
     },
@@ -57,8 +55,8 @@ ERRORS = {  # of each program: some flags, and words that the line must have
     },
     "speed": {
         "--device tpu": "tpu",
+        "--real nowhere": "nowhere",
         "--quick --out README.md/x.png": "cannot write",
-        "--json README.md/x.json": "cannot write",
     },
     "finetune": {
         "": "--init_from FOLDER",

@@ -1,21 +1,22 @@
 """The mask demo: its figures against formulas and loops that know nothing of mask.py."""
-import json
+import contextlib
+import io
 
 import pytest
-from helpers import naive, run
+from helpers import naive
+
+from demos import masks
 
 LAYERS = 3  # of the demo's GPT
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The demo's figures, the folder of its pictures, and what it prints."""
-    folder = tmp_path_factory.mktemp("masks")
-    flags = ["--dialogues", "50", "--json", str(folder / "masks.json")]
-    flags += ["--out", str(folder / "new" / "masks.png")]
-    done = run("demos/masks.py", *flags)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "masks.json").read_text()), folder / "new", done.stdout
+def made():
+    """The demo's figures, and what it prints."""
+    figures = masks.measure(["causal", "prefix", "ism"], 50)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        masks.report(figures, 50)
+    return figures, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def counted(row):
 
 
 def test_the_tables_hold_the_figures(made):
-    figures, _, text = made
+    figures, text = made
     for title in ("This dialogue", "training dialogues", "No leak", "Cacheable"):
         assert title in text
     printed = [line.split() for line in text.splitlines()]
@@ -145,8 +146,6 @@ def test_the_cache_is_stale_where_f_says_so(figures):
 
 def test_a_mask_of_ones_own_is_drawn_too(monkeypatch, tmp_path):
     """It gets a panel: the picture grows by a row of panels, from two to three."""
-    from demos import masks
-
     def near(segments):
         return (masks.MASKS["causal"](segments) + 2).minimum(masks.MASKS["ism"](segments))
 

@@ -103,7 +103,7 @@ def test_attention_weights_are_those_of_the_model(monkeypatch, config, mask):
     monkeypatch.setattr(model, "choose_attention", recording)
     logits = model(tokens, f)
     monkeypatch.undo()
-    weights, probabilities = page.look(model, tokens, f)
+    weights, probabilities = page.attention_weights(model, tokens, f)
     assert torch.allclose(probabilities, logits[0].softmax(-1), atol=1e-6)
     assert torch.allclose(model(tokens, f), logits)  # a look changes nothing
     hidden = torch.arange(f.shape[1]) >= f[0][:, None]
@@ -171,7 +171,7 @@ def expected_of_model(model):
     said = tokens[0, start:, None]
     rows = []
     for mask in MASKS:
-        weights, probabilities = page.look(model, tokens, MASKS[mask](segments))
+        weights, probabilities = page.attention_weights(model, tokens, MASKS[mask](segments))
         answer = probabilities[start - 1 : -1].gather(1, said)[:, 0]
         for token in range(8, T, 3):
             for layer, head in ((0, 1), (1, 0)):
@@ -222,7 +222,7 @@ def expected_of_typed(model):
         roles = ["user", "assistant"] * 2
         messages = [{"role": role, "content": x} for role, x in zip(roles, TYPED, strict=True)]
         tokens, segments = as_rows(messages)
-        _, probabilities = page.look(model, tokens, MASKS["ism"](segments))
+        _, probabilities = page.attention_weights(model, tokens, MASKS["ism"](segments))
         start = segments[0].tolist().index(len(TYPED))
         answer = probabilities[start - 1 : -1].gather(1, tokens[0, start:, None])[:, 0]
         chat = Chat(model, TOKENIZER, MASKS["ism"], temperature=0, max_new_tokens=40)

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from helpers import run
 
-from demos.page import look, read_race
+from demos.page import attention_weights, read_race
 from mask import MASKS
 from model import GPT
 from train import Settings, model_config
@@ -91,7 +91,7 @@ def test_where_tokens_look_and_should_look(mask):
         assert read["tokens"] == [r.SPELLED[token] for token in query]
         n = len(query)
         segments = torch.ones(1, n, dtype=torch.long)
-        weights, _ = look(model, torch.tensor([query]), MASKS[mask](segments))
+        weights, _ = attention_weights(model, torch.tensor([query]), MASKS[mask](segments))
         assert len(read["looks"]) == len(weights)
         for layer, heads in zip(read["looks"], weights.tolist()):
             assert len(layer) == n

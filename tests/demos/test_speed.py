@@ -3,19 +3,23 @@
 What they are is no matter of a test.
 """
 
-import json
-
 import pytest
-from helpers import run
+
+from demos import speed
+from sample import DTYPES
 
 
 @pytest.mark.slow
-def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
-    files = ["--json", str(tmp_path / "speed.json"), "--out", str(tmp_path / "new" / "speed.png")]
-    done = run("demos/speed.py", "--quick", "--device", "cpu", *files)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
-    figures = json.loads((tmp_path / "speed.json").read_text())
+def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path, monkeypatch, capsys):
+    kept = []
+    measure = speed.measure
+    monkeypatch.setattr(speed, "measure", lambda a: kept.append(measure(a)) or kept[0])
+    picture = tmp_path / "new" / "speed.png"
+    flags = ["--quick", "--device", "cpu", "--out", str(picture)]
+    monkeypatch.setattr("sys.argv", ["speed.py", *flags])
+    speed.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    figures, printed = kept[0], capsys.readouterr().out
     passes = figures["a training pass, times causal's"]
     assert passes["causal"]["ratio"] == 1 and set(passes) == {"causal", "ism", "prefix"}
     for found in passes.values():
@@ -24,5 +28,6 @@ def test_quick_writes_the_table_the_figures_and_the_picture(tmp_path):
     turns = figures["first token by turn"].values()
     assert len({len(seconds) for seconds in turns}) == 1
     assert all(s > 0 for seconds in turns for s in seconds)
+    assert set(figures["decoding"]["tokens/s"]) == set(DTYPES)
     for name in figures:
-        assert name in done.stdout
+        assert name in printed

@@ -1,21 +1,23 @@
 """The theory demo: the layers of linear attention against the closed forms, as close as it says."""
-import json
+import contextlib
+import io
 import math
 
 import PIL.Image
 import pytest
 from conftest import ROOT
-from helpers import run
+
+from demos import theory
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The demo's figures, its picture, and what it prints."""
-    folder = tmp_path_factory.mktemp("theory")
-    figures, picture = folder / "theory.json", folder / "new" / "theory.png"
-    done = run("demos/theory.py", "--json", str(figures), "--out", str(picture))
-    assert done.returncode == 0, done.stderr
-    return json.loads(figures.read_text()), picture, done.stdout
+    picture = tmp_path_factory.mktemp("theory") / "theory.png"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        figures = theory.measure()
+    theory.plot(figures, picture)
+    return figures, picture, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
