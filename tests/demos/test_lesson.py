@@ -165,7 +165,8 @@ def test_the_plan_for_class():
     text = (ROOT / "demos" / "teaching.md").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert len(lines) <= 120 and all(len(line) <= 100 for line in lines if line[0:1] != "|")
-    for path in re.findall(r"\b(?:tests/demos|demos|tests)/\w+\.(?:py|ipynb|png|html|md|txt)", text):
+    named = r"\b(?:tests/demos|demos|tests)/\w+\.(?:py|ipynb|png|html|md|txt)"
+    for path in re.findall(named, text):
         assert (ROOT / path).exists() or path == "demos/answers.py", path
     solution = re.search(r"`(torch\.where\(.*?)`", text)[1]
 
