@@ -141,7 +141,7 @@ class Race:
     place: str = setting("end", "where the first question stands: at the query's end, at its "
                          "start, in the next turn", PLACES)
     layers: int = setting(2, "blocks of each model")
-    steps: int = setting(400, "training steps")
+    steps: int = setting(600, "training steps")
     decay: float = setting(0.0, "last part of the steps, in which the rate falls to 0")
     every: int = setting(25, "steps between two looks at held-out games")
     seed: int = setting(0, "of the games and of the weights")

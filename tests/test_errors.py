@@ -133,7 +133,7 @@ CALL = {"role": "assistant", "tool_calls": [{"id": 1}]}
 
 
 @pytest.mark.parametrize("content, words", [
-    (gzip.compress(CHAT), "packed by gzip"),
+    (gzip.compress(CHAT, mtime=0), "packed by gzip"),
     (line_of_chat(1).encode("utf-16"), "UTF-16; write it as UTF-8"),
     (b"[\n" + CHAT + b"\n]", "of a list write each dialogue on a line of its own"),
     (b"[" + CHAT + b"]", "on a line of its own, got a list"),
