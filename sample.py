@@ -11,12 +11,9 @@ Read `Chat.stream` first: a turn is opened, written, closed.
 import codecs
 import threading
 
-# Before torch, since it sets how torch's threads wait.
-from data.machine import clock
-
-# isort: split
 import torch
 
+from data.machine import clock
 from mask import check, reusable
 from model import Cache
 

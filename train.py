@@ -7,14 +7,11 @@ how many answers of held-out dialogues are exactly right, as a whole.
 """
 from dataclasses import dataclass, fields
 
-# Before torch, since it sets how torch's threads wait.
-from data.machine import DEVICES, DTYPES, RANK, WORLD, autocast, from_all, setting
-
-# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.machine import DEVICES, DTYPES, RANK, WORLD, autocast, from_all, setting
 from data.synthetic import FAMILIES
 from mask import MASKS, loss_positions
 

@@ -19,10 +19,6 @@ import time
 import traceback
 from dataclasses import MISSING, field, fields
 
-# GNU's OpenMP reads this when torch is loaded. A thread that waits for another sleeps soon and does
-# not spin, so that the other gets its core where a second program runs.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import torch
 import torch.distributed as dist
 from tqdm import tqdm

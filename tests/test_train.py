@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import random
 from dataclasses import asdict
 
@@ -200,17 +199,6 @@ def test_some_families_alone(tmp_path, capsys):
 
 def test_dtype_auto_is_one_of_the_two():
     assert pick_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
-
-
-@pytest.mark.parametrize("program", ["train.py", "sample.py"])
-def test_waiting_threads_sleep_and_the_users_own_value_stays(tmp_path, program):
-    """OpenMP reads the environment once, when torch is loaded: it must be set before."""
-    tells = "import os, sys; sys.exit(os.environ.get('GOMP_SPINCOUNT'))"
-    (tmp_path / "torch.py").write_text(tells)
-    given = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    given.pop("GOMP_SPINCOUNT", None)
-    assert run(program, env=given).stderr == "1000\n"
-    assert run(program, env={**given, "GOMP_SPINCOUNT": "7"}).stderr == "7\n"
 
 
 def introduction(i):
