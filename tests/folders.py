@@ -20,6 +20,8 @@ SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_lay
              num_attention_heads=4, max_position_embeddings=128)
 LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0,
                    high_freq_factor=4.0, original_max_position_embeddings=32)
+
+
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1000.0}
 
 

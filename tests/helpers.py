@@ -89,6 +89,8 @@ def run(*arguments, timeout=300, **options):
         timeout=timeout,
         **options,
     )
+
+
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
@@ -132,6 +134,8 @@ def random_chats(n, most):
             messages += json.loads(line_of_chat(number, words))["messages"]
         lines.append(json.dumps({"messages": messages}))
     return lines
+
+
 VARIANTS = {
     "gpt": dict(n_kv_head=4),
     "llama": dict(n_kv_head=2, tie_embeddings=False, rope_theta=500000.0),
@@ -199,6 +203,8 @@ def exact_attention(q, k, v, f):
     seen = torch.arange(k.shape[2], device=f.device) < f[:, None, :, None]  # (B, 1, n, S)
     scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1) @ v
+
+
 FOLDER = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -235,6 +241,8 @@ def make_folder(folder, **options):
     save_pretrained(model, folder / "source", folder)
     shutil.rmtree(folder / "source")
     return folder
+
+
 TINY = dict(
     n_dialogues=300,
     n_layer=2,
