@@ -588,7 +588,7 @@ class ColumnLinear(PackedLinear):
         self.starts = torch.arange(pieces, dtype=torch.int32) * n
 
     def row(self, x):
-        shares = x.bfloat16().repeat(len(self.starts))
+        shares = torch.cat([x.bfloat16()] * len(self.starts))  # (pieces * in,)
         sums = F.embedding_bag(self.order, self.columns, self.starts, mode="sum",
                                per_sample_weights=shares)  # (pieces, out / pieces)
         return sums.flatten().float()
