@@ -363,12 +363,12 @@ def other_slots(optimizer):
     for group in optimizer.param_groups:
         if "muon" not in group:  # an optimizer of the reader's own
             continue
-        names = {"step", "momentum"} if group["muon"] else {"step", "exp_avg", "exp_avg_sq"}
+        names = ["momentum"] if group["muon"] else ["step", "exp_avg", "exp_avg_sq"]
         for p in group["params"]:
-            found = optimizer.state[p]
-            if set(found) != names:
+            found = optimizer.state.get(p, {})
+            if any(name not in found for name in names):
                 return "its optimizer is another one"
-            if any(x.shape != (() if name == "step" else p.shape) for name, x in found.items()):
+            if any(found[name].shape != (() if name == "step" else p.shape) for name in names):
                 return "its optimizer's numbers are of another size"
     return ""
 
