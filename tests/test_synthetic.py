@@ -10,7 +10,7 @@ from helpers import TOKENIZER
 import data.loader as loader
 from data.loader import Split, prepare
 from data.synthetic import talk
-from data.synthetic.families import FAMILIES, deal, generate, split_of
+from data.synthetic.families import FAMILIES, deal, edit, edits, generate, split_of
 from data.synthetic.words import (
     CITIES,
     FINAL_CITIES,
@@ -206,6 +206,16 @@ def test_a_question_about_a_list_is_answered_by_the_list_before():
                 item = {"f": items[0], "s": items[1], "l": items[-1]}[place]
                 assert answer == f"It is {item}."
     assert asked > 50 and unsorted > 10
+
+
+def test_a_list_keeps_two_items_whatever_is_asked():
+    """A word may be drawn twice: a list of one would have no second item to ask for."""
+    rng, pool = random.Random(0), ["tea", "tea", "rice", "soap"]
+    for _ in range(300):
+        items = rng.sample(pool, 3)
+        for _ in range(20):
+            _, items = edit(rng, rng.choice(edits(items, False)), items, [*pool, *"abcdefg"])
+            assert len(items) >= 2
 
 
 def test_what_was_told_last_holds():

@@ -360,7 +360,10 @@ def edit(rng, way, items, pool):
     gone = rng.choice(items)
     ask = rng.choice((f"Remove {gone}.", f"Remove {gone}.", f"Remove {gone} from the list.",
                       f"Delete {gone}.", f"Take {gone} off the list."))
-    return ask, [item for item in items if item != gone]
+    left = [item for item in items if item != gone]
+    if len(left) == 1:  # the same word was drawn twice: it goes once, since lists keep two items
+        left = [item for i, item in enumerate(items) if i != items.index(gone)]
+    return ask, left
 
 
 def shown(items):
