@@ -176,13 +176,15 @@ def draw(figures, path):
     figure, axis = plt.subplots(figsize=(8, 6.5), layout="constrained")
     width = 0.8 / len(runs)
     for i, (row, records) in enumerate(runs.items()):
-        found = [[shares(record).get(group, np.nan) for record in records] for group in groups]
+        found = [
+            [100 * shares(record).get(group, np.nan) for record in records] for group in groups
+        ]
         places = np.arange(len(groups)) + width * (i - (len(runs) - 1) / 2)
         axis.barh(places, [np.mean(x) for x in found], width, color=color(row), label=row,
                   xerr=[interval(x) for x in found], error_kw={"lw": 0.8})
     axis.set_yticks(range(len(groups)), groups, fontsize=9)
     axis.invert_yaxis()
-    axis.set(xlabel="share of answers right", xlim=(0, 1.02))
+    axis.set(xlabel="answers right, %", xlim=(0, 100))
     axis.grid(alpha=0.2, axis="x")
     axis.legend()
     save(figure, path, 120)
