@@ -298,19 +298,6 @@ def seconds_of_product(rows, dtype):
     return time.perf_counter() - start
 
 
-def describe():
-    """A line that describes this machine, to stand beside figures."""
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        name = found[0] if found else name
-    if torch.cuda.is_available():
-        name = f"{torch.cuda.get_device_name()}, {name}"
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {torch.get_num_threads()} threads, {kind}, torch {torch.__version__}"
-
-
 def check_compiler(device):
     """ValueError if torch.compile would find no compiler for this device."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:

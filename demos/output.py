@@ -5,6 +5,7 @@ What the demos share: pictures, tables, and studies, which are many runs and the
 """
 import functools
 import json
+import platform
 import subprocess
 import sys
 import zlib
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import machine
 from data.checkpoint import write_json
 from data.machine import setting
 from mask import MASKS
@@ -149,7 +150,7 @@ def add_run(path, make, figures):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         record = make()
-        write_json(path, {**record, "cpu": machine.describe(), "commit": commit()})
+        write_json(path, {**record, "cpu": describe(), "commit": commit()})
     files = sorted(path.parent.glob("*.json"))
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     command = " ".join(["python", f"demos/{Path(sys.argv[0]).name}", *sys.argv[1:]])
@@ -164,6 +165,19 @@ def read_figures(path):
     except (OSError, ValueError, KeyError, TypeError):
         how = "name a file that --full has written"
         raise ValueError(f"{path} holds no figures of this demo; {how}") from None
+
+
+def describe():
+    """A line that describes this machine, to stand beside figures."""
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            found = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        name = found[0] if found else name
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}, {name}"
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {torch.get_num_threads()} threads, {kind}, torch {torch.__version__}"
 
 
 def commit():

@@ -67,31 +67,34 @@ class File:
         self.path = path
         try:
             self.reader = gguf.GGUFReader(path)
+            self.fields = {key: field.contents() for key, field in self.reader.fields.items()}
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from None
         except Exception as error:  # a damaged file raises many types
             raise ValueError(f"{path} is cut off, damaged or no GGUF file "
                              f"({type(error).__name__}: {error})") from None
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        self.architecture = self.field("general.architecture")
+        self.architecture = self.field("general.architecture", str)
 
     def refuse(self, what, accepted):
         """End with an error that says what is not supported."""
         raise ValueError(f"{self.path}: {what} is not supported; accepted is {accepted}")
 
-    def field(self, key, default=None):
-        """The value of a field. Without a default it must be there."""
-        field = self.reader.get_field(key)
-        if field is None and default is None:
+    def field(self, key, kind, default=None):
+        """The value of a field, which is of a kind. Without a default it must be there."""
+        value = self.fields.get(key, default)
+        if value is None:
             raise ValueError(f"{self.path} has no {key}; is it a whole language model?")
-        return default if field is None else field.contents()
-
-    def size(self, key, default=None):
-        """The value of a field of the file's own architecture, one for all layers."""
-        value = self.field(f"{self.architecture}.{key}", default)
-        if isinstance(value, list):
-            self.refuse(f"{key} = {value}", "one value for all layers")
+        if not isinstance(value, kind):
+            raise ValueError(f"{self.path} is damaged: {key} is {value!r:.60}")
         return value
+
+    def size(self, key, default=None, kind=int):
+        """The value of a field of the file's own architecture, one for all layers."""
+        key = f"{self.architecture}.{key}"
+        if isinstance(self.fields.get(key), list):
+            self.refuse(f"{key} = {self.fields[key]}", "one value for all layers")
+        return self.field(key, kind, default)
 
     def numbers(self, name):
         """A tensor in float32."""
@@ -106,15 +109,15 @@ def check_supported(file):
     """ValueError for a model that is none of GPT's, or a file that is only a part of one."""
     if file.architecture not in ARCHITECTURES:
         file.refuse(f"the architecture {file.architecture}", ", ".join(ARCHITECTURES))
-    if file.field("split.count", 0) > 1:
+    if file.field("split.count", int, 0) > 1:
         file.refuse("one of several parts", "a whole file; llama-gguf-split --merge makes it")
-    kind = file.field("tokenizer.ggml.model")
+    kind = file.field("tokenizer.ggml.model", str)
     if kind != "gpt2":
         file.refuse(f"a tokenizer of the kind {kind}", "gpt2, byte-level BPE; SentencePiece is not")
-    pre = file.field("tokenizer.ggml.pre", "default")
+    pre = file.field("tokenizer.ggml.pre", str, "default")
     if pre not in SPLITS:
         file.refuse(f"text that is split as in {pre}", ", ".join(SPLITS))
-    scaling = file.size("rope.scaling.type", "none")
+    scaling = file.size("rope.scaling.type", "none", str)
     if scaling != "none":
         file.refuse(f"rope scaling of type {scaling}", "none, or LLaMA 3's in rope_freqs.weight")
     for key in ("expert_count", "attention.sliding_window"):
@@ -146,11 +149,13 @@ def llama3_scaling(file, theta, D):
 def make_config(file, dtype):
     """The dict for config.json."""
     width, heads = file.size("embedding_length"), file.size("attention.head_count")
+    if heads < 1:
+        raise ValueError(f"{file.path} is damaged: it has {heads} heads")
     D = file.size("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if file.size(key, D) != D:
             file.refuse(f"{key} = {file.size(key)} with heads of {D}", "the heads' size")
-    theta = file.size("rope.freq_base", 10000.0)
+    theta = file.size("rope.freq_base", 10000.0, float)
     scaling = None
     if "rope_freqs.weight" in file.tensors:
         scaling = llama3_scaling(file, theta, D)
@@ -168,7 +173,7 @@ def make_config(file, dtype):
         "num_key_value_heads": file.size("attention.head_count_kv", heads),
         "head_dim": D,
         "max_position_embeddings": file.size("context_length"),
-        "rms_norm_eps": file.size("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": file.size("attention.layer_norm_rms_epsilon", kind=float),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "hidden_act": "silu",
@@ -180,16 +185,21 @@ def make_config(file, dtype):
 
 def special_ids(file):
     """The ids of the special tokens that the file names, as config.json has them."""
-    ids = {"bos_token_id": file.field("tokenizer.ggml.bos_token_id", -1),
-           "eos_token_id": file.field("tokenizer.ggml.eos_token_id", -1),
-           "pad_token_id": file.field("tokenizer.ggml.padding_token_id", -1)}
+    ids = {"bos_token_id": file.field("tokenizer.ggml.bos_token_id", int, -1),
+           "eos_token_id": file.field("tokenizer.ggml.eos_token_id", int, -1),
+           "pad_token_id": file.field("tokenizer.ggml.padding_token_id", int, -1)}
     return {name: i for name, i in ids.items() if i >= 0}
 
 
 def make_tokenizer(file):
     """The dicts for tokenizer.json and tokenizer_config.json."""
-    tokens, kinds = file.field("tokenizer.ggml.tokens"), file.field("tokenizer.ggml.token_type")
-    steps, normalizer, ignore_merges = SPLITS[file.field("tokenizer.ggml.pre")]
+    tokens = file.field("tokenizer.ggml.tokens", list)
+    kinds = file.field("tokenizer.ggml.token_type", list)
+    special = special_ids(file)
+    whole = len(tokens) == len(kinds) > max(special.values(), default=0)
+    if not whole or {*map(type, tokens)} != {str}:
+        raise ValueError(f"{file.path} is damaged: its tokens, their types and ids do not agree")
+    steps, normalizer, ignore_merges = SPLITS[file.field("tokenizer.ggml.pre", str)]
     Kind = gguf.TokenType
     # Rows of the embedding without a token have a name in the file, but no text is encoded to it.
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind != Kind.UNUSED}
@@ -204,14 +214,14 @@ def make_tokenizer(file):
         "post_processor": byte_level(use_regex=False),
         "decoder": byte_level(use_regex=True),
         "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": vocab,
-                  "merges": file.field("tokenizer.ggml.merges")},
+                  "merges": file.field("tokenizer.ggml.merges", list)},
     }
     # This class takes tokenizer.json as it stands.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "model_max_length": file.size("context_length")}
-    for name, i in special_ids(file).items():
+    for name, i in special.items():
         config[name.removesuffix("_id")] = tokens[i]
-    template = file.field("tokenizer.chat_template", "")
+    template = file.field("tokenizer.chat_template", str, "")
     if template:
         config["chat_template"] = template
     return tokenizer, config
@@ -284,8 +294,6 @@ def convert(path, out, dtype):
         if not machine.for_the_user(error):
             raise
         raise ValueError(str(error).replace(str(partial), str(path))) from None
-    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -28,7 +28,7 @@ from data.hf import from_pretrained
 from data.machine import setting
 from data.synthetic import generate
 from demos.compare import gsm8k, question_last
-from demos.output import check_writable, color, dashes, picture, plt, save, table
+from demos.output import check_writable, color, dashes, describe, picture, plt, save, table
 from mask import MASKS, causal, ism
 from sample import load_chat
 from train import predicted
@@ -189,7 +189,7 @@ def main():
         ])
         draw(found, s.out)
         talk(chat, names)
-        print(f"\nOn {machine.describe()}. The picture: {s.out}")
+        print(f"\nOn {describe()}. The picture: {s.out}")
 
 
 if __name__ == "__main__":

