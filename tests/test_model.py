@@ -26,6 +26,7 @@ from model import (
     GPT,
     PACKED,
     Cache,
+    FusedNorm,
     GPTConfig,
     Int4Linear,
     Int8Linear,
@@ -463,6 +464,16 @@ def test_a_changed_layer_is_not_written_out(variant, change):
         assert faster(model).reader is Steps
         CHANGES[change](model.blocks[seed % len(model.blocks)])
         assert faster(model).reader is None
+
+
+def test_a_memory_that_is_full_is_no_change_of_a_layer(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for owner, name in ((Steps, "__init__"), (Steps, "__call__"), (FusedNorm, "forward")):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(owner, name, full)
+            faster(make_model().eval())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
