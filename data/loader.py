@@ -88,29 +88,20 @@ PARTIAL = ".half-made"  # the end of a folder's name until it is whole
 def writable_cache():
     """The folder of prepared data, cleared of what killed runs have left half made.
 
-    It is $NANOISM_CACHE, or if that is not set, data/cache, or if another user has installed the
-    code, this user's own cache. ValueError if it cannot be written.
+    It is $NANOISM_CACHE, or data/cache if that is not set. ValueError if it cannot be written.
     """
-    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    caches = [CACHE]
-    if os.path.isabs(own):  # without a home folder ~ stays as it is
-        caches.append(pathlib.Path(own, "nanoism"))
-    if os.environ.get("NANOISM_CACHE"):
-        caches = [pathlib.Path(os.environ["NANOISM_CACHE"])]
-    for cache in caches:
-        try:
-            make_folder(cache)
-        except OSError as error:
-            reason = error.strerror
-            continue
-        # Another machine may be writing here, so only what is a day old is removed.
-        for partial in cache.glob(f"*{PARTIAL}"):
-            with contextlib.suppress(FileNotFoundError):  # another run may clear it too
-                if time.time() - partial.stat().st_mtime > A_DAY:
-                    shutil.rmtree(partial, ignore_errors=True)
-        return cache
-    raise ValueError(f"{cache} cannot be written ({reason}); let NANOISM_CACHE name a folder for "
-                     "the prepared data")
+    cache = pathlib.Path(os.environ.get("NANOISM_CACHE") or CACHE)
+    try:
+        make_folder(cache)
+    except OSError as error:
+        raise ValueError(f"{cache} cannot be written ({error.strerror}); let NANOISM_CACHE name a "
+                         "folder for the prepared data") from None
+    # Another machine may be writing here, so only what is a day old is removed.
+    for partial in cache.glob(f"*{PARTIAL}"):
+        with contextlib.suppress(FileNotFoundError):  # another run may clear it too
+            if time.time() - partial.stat().st_mtime > A_DAY:
+                shutil.rmtree(partial, ignore_errors=True)
+    return cache
 
 
 def is_whole(folder):

@@ -1,6 +1,7 @@
 """Chats with checkpoint folders in the Hugging Face format, against transformers' templates."""
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -109,10 +110,6 @@ WRITTEN = {
                  "thoughts in an answer"),
     "no system": ("{{ raise_exception('no') if messages[0].role == 'system' }}" + CHATML,
                   "refuses a dialogue with a system prompt"),
-    "endless": ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
-                "was stopped"),
-    "endless text": ("{% set x = 'x' * 10 ** 11 %}", "MemoryError"),
-    "long text": ("{{ 'x' * 10 ** 6 }}", "too long"),
     "no sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     "no Jinja": (CHATML, "read and not run"),
 }
@@ -122,10 +119,8 @@ def test_a_template_is_obeyed_or_a_line_tells_what_is_other(tmp_path, monkeypatc
     fast = chat_folder("smollm2", tmp_path)
     fast.bos_token = "<|endoftext|>"
     for name, (template, words) in WRITTEN.items():
-        monkeypatch.setattr(chat_template, "SECONDS", 2 if name == "endless" else 60)
         if name == "no Jinja":
-            missing = "import sys; sys.modules['jinja2'] = None\n" + chat_template.PROGRAM
-            monkeypatch.setattr(chat_template, "PROGRAM", missing)
+            monkeypatch.setitem(sys.modules, "jinja2", None)
             chat_template.run.cache_clear()
         config = {"chat_template": template, "bos_token": "<|endoftext|>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -171,8 +171,6 @@ def test_a_damaged_cache_is_made_again(cache):
 def test_where_the_cache_goes_that_cannot_be_beside_the_code(cache, monkeypatch):
     (cache / "file").touch()
     monkeypatch.setattr(loader, "CACHE", cache / "file" / "cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "mine"))
-    assert prepare(TOKENIZER, 256, n_dialogues=9).parent == cache / "mine" / "nanoism"
     monkeypatch.setenv("NANOISM_CACHE", str(cache / "here"))
     assert prepare(TOKENIZER, 256, n_dialogues=9).parent == cache / "here"
     monkeypatch.setenv("NANOISM_CACHE", str(cache / "file" / "here"))

@@ -58,8 +58,8 @@ def test_the_small_model_is_made_by_one_command(tmp_path):
 # The lines of today. A change may add a twentieth; more is a decision, and is written down here.
 LINES = {
     "the lessons": 830,  # above the line
-    "data": 3915,
-    "demos": 4141,
+    "data": 3842,
+    "demos": 4143,
     "tests": 8950,
 }
 

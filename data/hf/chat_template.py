@@ -1,64 +1,43 @@
 """
 The chat template of a checkpoint folder: a program in Jinja's language that writes a dialogue.
 
-It is a stranger's program. So it runs in Jinja's sandbox, in a process of its own that has bounds
-on time and memory, and is given the few dialogues below. What it writes around their texts is the
-layout of a chat. What a layout cannot say is told in a line.
+It is run in Jinja's sandbox, where it reaches no files, and gets the few dialogues below. The text
+around their messages is the layout of a chat. A line tells the user what a layout cannot say.
 """
+import datetime
 import functools
 import json
 import re
-import subprocess
-import sys
 
-# Reads {"template", "special", "dialogues"} and writes a list: for each dialogue its text, or
-# {"error": why there is none}. The functions are those that transformers gives a template.
-PROGRAM = r"""
-import sys
-sys.path[:] = [path for path in sys.path if path]  # nothing from the current folder
-import datetime, json
-try:
-    import jinja2.ext, jinja2.sandbox
-except ImportError:
-    sys.exit(3)
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (5, 5))
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-except (ImportError, ValueError, OSError):  # not on Windows, the second not on macOS
-    pass
-
-class Generation(jinja2.ext.Extension):
-    tags = {"generation"}
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-def refuse(message):
-    raise jinja2.TemplateError(message)
-
-def render(dialogue):
-    try:
-        text = template.render(messages=dialogue, add_generation_prompt=True, tools=None,
-                               documents=None, **job["special"])
-        return text if len(text) < 100_000 else {"error": "its text is too long"}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:200]}
-
-job = json.load(sys.stdin)
-environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-environment.globals["raise_exception"] = refuse
-environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-try:
-    template = environment.from_string(job["template"])
-    print(json.dumps([render(dialogue) for dialogue in job["dialogues"]]))
-except Exception as error:
-    print(json.dumps([{"error": f"{type(error).__name__}: {error}"[:200]}] * len(job["dialogues"])))
-"""
-SECONDS = 20
 NO_JINJA = "was read and not run, since Jinja is not installed (pip install jinja2)"
+
+
+def compiled(source):
+    """A template as Jinja compiles it, with the functions that transformers gives a template."""
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    def to_json(x, **options):
+        return json.dumps(x, ensure_ascii=False, **options)
+
+    extensions = ["jinja2.ext.loopcontrols", Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=extensions)
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
 
 
 def dialogue(*texts, system=()):
@@ -77,25 +56,24 @@ DIALOGUES = {
 
 
 @functools.lru_cache
-def run(template, special):
+def run(source, special):
     """What a template writes for each of DIALOGUES, a list. ValueError if it cannot be run.
 
     special: the pairs of a name, bos_token say, and a token. Where it refuses a dialogue: None.
     """
-    job = {"template": template, "special": dict(special), "dialogues": [*DIALOGUES.values()]}
-    try:
-        done = subprocess.run([sys.executable, "-c", PROGRAM], input=json.dumps(job), text=True,
-                              capture_output=True, encoding="utf-8", timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"was stopped after {SECONDS} seconds") from None
-    if done.returncode == 3:
-        raise ValueError(NO_JINJA)
-    if done.returncode:
-        raise ValueError("was stopped: it takes more time or memory than a template may")
-    texts = json.loads(done.stdout)
-    if all(isinstance(text, dict) for text in texts):
-        raise ValueError(f"cannot be run ({texts[0]['error']})")
-    return [None if isinstance(text, dict) else text for text in texts]
+    texts = []
+    for messages in DIALOGUES.values():
+        try:
+            text = compiled(source).render(messages=messages, add_generation_prompt=True,
+                                           tools=None, documents=None, **dict(special))
+        except ImportError:
+            raise ValueError(NO_JINJA) from None
+        except Exception as error:  # whatever a stranger's program may raise
+            text, why = None, f"{type(error).__name__}: {error}"[:200]
+        texts.append(text)
+    if texts == [None] * len(texts):
+        raise ValueError(f"cannot be run ({why})")
+    return texts
 
 
 def around(written, texts):

@@ -172,30 +172,22 @@ def named_tokens(folder):
     return tuple((key, token) for key, token in named.items() if isinstance(token, str | None))
 
 
-def one_error(read):
-    """A reader of files whose JSON may be of any structure: what goes wrong is a ValueError."""
-    @functools.wraps(read)
-    def reader(folder):
-        try:
-            return read(folder)
-        except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{folder}: the tokenizer's files are damaged "
-                             f"({type(error).__name__}: {error})") from None
-    return reader
-
-
 def load_tokenizer(folder):
     """The Tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt, or LLaMA 3's
     tokenizer.model. ValueError as of read_tokenizer.
     """
-    arguments, written, note = read_tokenizer(pathlib.Path(folder))
+    try:
+        arguments, written, note = read_tokenizer(pathlib.Path(folder))
+    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        # The JSON of a damaged file may be of any structure.
+        raise ValueError(f"{folder}: the tokenizer's files are damaged "
+                         f"({type(error).__name__}: {error})") from None
     tokenizer = Tokenizer(*arguments)
     note = note or chat_template.difference(tokenizer, written)
     tokenizer.note = note and f"[the chat template of {folder} {note}]"
     return tokenizer
 
 
-@one_error
 def read_tokenizer(folder):
     """(the arguments of Tokenizer, what the chat template wrote, a line on why it wrote nothing).
 

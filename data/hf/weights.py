@@ -18,12 +18,8 @@ import shutil
 import torch
 
 from data.checkpoint import whole_file, write_json
-from data.hf.config import MASK_KEY, read_config, read_json, read_mask
-from data.hf.tokenizer import SYMBOLS, load_tokenizer
+from data.hf.config import MASK_KEY, read_config, read_json
 from model import GPT, rope_tables
-
-__all__ = ["SYMBOLS", "from_pretrained", "load_tokenizer", "read_config", "read_mask",
-           "save_pretrained"]
 
 # Ours to theirs. Those in one list are stacked along their rows.
 TENSORS = {
