@@ -37,7 +37,6 @@ class Finetune(Settings):
     lora: bool = setting(True, "train LoRA's matrices alone; --no-lora trains all weights")
     rank: int = setting(16, "rank of LoRA")
     alpha: float = setting(32.0, "LoRA's product is multiplied by alpha / rank")
-    layers: str = setting(",".join(LINEAR), "the linear layers of each block that get LoRA")
 
     learning_rate: float = setting(None, "peak (default: 2e-4 with LoRA, 2e-5 without)")
 
@@ -45,9 +44,6 @@ class Finetune(Settings):
         if self.learning_rate is None and self.lora:
             self.learning_rate = 2e-4
         super().__post_init__()
-        if not set(self.layers.split(",")) <= set(LINEAR):
-            some = f"expected some of {','.join(LINEAR)}, with commas between"
-            raise ValueError(f"--layers {self.layers}: {some}")
         if self.alpha == 0:
             raise ValueError("--alpha must be above 0: with 0 nothing is learned")
         if not self.init_from:
@@ -73,13 +69,13 @@ class LoRA(nn.Module):
         return self.linear
 
 
-def add_lora(model, rank, alpha, layers=LINEAR):
-    """Freeze a GPT and put LoRA around the named linear layers of its blocks."""
+def add_lora(model, rank, alpha):
+    """Freeze a GPT and put LoRA around the linear layers of its blocks."""
     model.requires_grad_(False)
     for block in model.blocks:
         for part in (block.attention, block.mlp):
             for name, linear in list(part.named_children()):
-                if name in layers:
+                if name in LINEAR:
                     setattr(part, name, LoRA(linear, rank, alpha))
 
 
@@ -101,10 +97,10 @@ def finetune(s, splits=None, watch=None):
     # Absolute paths, since a `watch` may change the working directory.
     source, out = pathlib.Path(s.init_from).absolute(), pathlib.Path(s.out_dir).absolute()
     if s.resume and splits is None:
-        asked = {name: getattr(s, name) for name in ("lora", "rank", "alpha", "layers")}
+        asked = {name: getattr(s, name) for name in ("lora", "rank", "alpha")}
         load_state(out / "ckpt.pt", asked)
     if not s.lora:
-        machine.tell_idle(s, ("rank", "alpha", "layers"), "beside --no-lora")
+        machine.tell_idle(s, ("rank", "alpha"), "beside --no-lora")
         model = from_pretrained(s.init_from, s.block_size)
     else:
         dtype = machine.pick_dtype(s.dtype, machine.pick_device(s.device))
@@ -112,7 +108,7 @@ def finetune(s, splits=None, watch=None):
         # Frozen weights need no more digits than the computation has.
         model = from_pretrained(s.init_from, s.block_size, dtype)
         torch.manual_seed(s.seed)
-        add_lora(model, s.rank, s.alpha, s.layers.split(","))
+        add_lora(model, s.rank, s.alpha)
     metrics = train(s, model, splits, watch)
     if RANK == 0 and splits is None:
         save_pretrained(merge_lora(model), source, out, s.mask)

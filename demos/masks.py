@@ -26,9 +26,9 @@ from data import machine
 from data.machine import setting
 from data.synthetic import generate
 from data.tokenizer import Tokenizer
+from demos.exercises import cached, gpt
 from demos.output import check_masks, check_writable, picture, plt, save, table
 from mask import MASKS, loss_positions, one_pass, reusable, row_ends
-from model import GPT, Cache, GPTConfig
 
 DIALOGUE = [
     {"role": "user", "content": "I am Anna."},
@@ -91,12 +91,6 @@ def count(name, dialogues):
 ROUNDING = 1e-12
 
 
-def random_gpt(vocab_size):
-    torch.manual_seed(0)
-    sizes = {"n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "n_hidden": 64}
-    return GPT(GPTConfig(vocab_size, block_size=64, **sizes)).double()
-
-
 def where(true):
     """Booleans (T,) -> the list of places that are True."""
     return true.nonzero()[:, 0].tolist()
@@ -128,24 +122,16 @@ def no_leak(name, model, tokens, segments):
     return rows
 
 
-def cached(model, tokens, f):
-    """What a cache holds of each token: its keys and values of all layers, (T, 2 * L * H * D)."""
-    cache = Cache(model.config, dtype=torch.float64)
-    model(tokens, f, cache)
-    entries = torch.stack([cache.k, cache.v])[..., : cache.length, :]  # (2, L, 1, H, T, D)
-    return entries.movedim(-2, 0).flatten(1)
-
-
 def cacheable(name, model, tokens, segments):
     """Part 3, for each end of a segment: what is not as in the whole dialogue."""
     mask = MASKS[name]
     f = mask(segments)  # (1, T)
-    whole = cached(model, tokens, f)  # (T, 2 * L * H * D)
+    whole = cached(model, tokens, f)  # (2, L, 1, H, T, D)
     rows = []
     for end in borders(segments[0].tolist())[1:-1]:
         f_cut = mask(segments[:, :end])  # (1, end)
-        cut = cached(model, tokens[:, :end], f_cut)  # (end, 2 * L * H * D)
-        off = (cut - whole[:end]).abs().amax(1)  # (end,)
+        cut = cached(model, tokens[:, :end], f_cut)  # (2, L, 1, H, end, D)
+        off = (cut - whole[..., :end, :]).abs().amax((0, 1, 2, 3, 5))  # (end,)
         rows.append({
             "mask": name,
             "cut": end,
@@ -164,7 +150,7 @@ def measure(masks, n_dialogues):
     tokens, segments = tokenizer.encode_dialogue(DIALOGUE)
     labels = [tokenizer.decode([token]).strip() for token in tokens]
     tokens, segments = torch.tensor([tokens]), torch.tensor([segments])  # (1, T) each
-    model = random_gpt(tokenizer.vocab_size)
+    model = gpt(3, tokenizer.vocab_size)
     train = []
     for dialogue in generate("train", n_dialogues):
         _, numbers = tokenizer.encode_dialogue(dialogue["messages"])

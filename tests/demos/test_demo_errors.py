@@ -60,7 +60,6 @@ ERRORS = {  # of each program: some flags, and words that the line must have
     },
     "finetune": {
         "": "--init_from FOLDER",
-        "--init_from {model} --layers qkv,head": "qkv,out,up,down",
     },
 }
 CASES = [(program, flags, words) for program in ERRORS for flags, words in ERRORS[program].items()]
