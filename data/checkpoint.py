@@ -1,6 +1,6 @@
 """
-Files that are written whole or not at all, and checkpoints: plain tensors and settings, which are
-checked when they are read, since a file may be damaged or hostile.
+Files that are written whole or not at all, and checkpoints: plain tensors and settings. Who reads
+one checks it first, since a file may be damaged or hostile.
 
     python -m data.checkpoint out/ckpt.pt data/small.pt
 
@@ -36,7 +36,7 @@ def whole_file(path, former=None):
     """A file to write bytes to. It gets its name when all of it is on the disk.
 
     A link is followed. A path that is no regular file, such as /dev/null, is written directly.
-    former: the path to which a file that has the name already is moved.
+    former: where an older file of this name is moved to.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
@@ -146,7 +146,7 @@ def save_checkpoint(path, former=None, **state):
 
 
 def put_away(path):
-    """Where a new run's first save moves the checkpoint that has its path: (path, line to print).
+    """Where a new run's first save moves an older checkpoint of its path: (path, line to print).
 
     The path is None if there is no such checkpoint, or if ckpt.before.pt has more steps.
     """
@@ -251,7 +251,7 @@ def check_archive(path):
 
 
 def checked(state):
-    """What a checkpoint of this version must hold. Any exception if it does not."""
+    """The parts of a checkpoint of this version. Raises any exception if one of them is wrong."""
     tensors = state["model"]
     check_config(state["config"], len(tensors))
     if not all(isinstance(name, str) and x.is_contiguous() for name, x in tensors.items()):
@@ -269,7 +269,7 @@ def checked(state):
 
 
 def other_weights(tensors, model):
-    """How tensors differ in names and shapes from the weights of a model; "" if they do not."""
+    """How tensors differ in names and shapes from a model's weights; "" if they do not."""
     wanted = model.state_dict()
     told = [f"{name} is missing" for name in wanted if name not in tensors]
     told += [f"{name} is not one of them" for name in tensors if name not in wanted]
@@ -327,7 +327,7 @@ def load_state(path, asked):
 
 
 def other_settings(state, settings):
-    """The settings that the run that wrote a checkpoint did not have: ["--seed 1, not 0", ...]."""
+    """Where these settings differ from those of a checkpoint's run: ["--seed 1, not 0", ...]."""
     now, of_no_matter = asdict(settings), ("resume", "out_dir", "device", "eval_interval")
     return [
         f"--{name} {now[name]}, not {was}" for name, was in state["settings"].items()
@@ -359,7 +359,7 @@ def restore(state, model, optimizer, max_iters, path):
 
 
 def other_slots(optimizer):
-    """What does not fit in the numbers that the optimizer of train.py was given; "" if all does."""
+    """What does not fit in the numbers of an optimizer of train.py; "" if all does."""
     for group in optimizer.param_groups:
         if "muon" not in group:  # an optimizer of the reader's own
             continue

@@ -36,7 +36,7 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     """Write the splits to a cache, unless they are there already, and return their folder.
 
     data: a JSONL file of chats, or "" for n_dialogues synthetic dialogues of these families.
-    Dialogues longer than block_size are cut after the last answer that fits; those without one are
+    A dialogue longer than block_size ends with the last answer that fits. One in which none fits is
     left out. skip_bad: go on without bad lines. ValueError for a bad file, or if none is left.
     """
     if data and os.path.exists(data) and not os.path.isfile(data):

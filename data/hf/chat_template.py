@@ -45,7 +45,7 @@ def dialogue(*texts, system=()):
     return [{"role": r, "content": text} for r, text in zip(roles, [*system, *texts])]
 
 
-# The texts from which the layout is read, and what is compared. The first two make the layout.
+# `read_layout` reads the layout from the first two dialogues, and `difference` compares all.
 TEXTS = "Qone", "Qtwo", "Qthree"
 DIALOGUES = {
     "no system prompt": dialogue(*TEXTS),
@@ -59,7 +59,7 @@ DIALOGUES = {
 def run(source, special):
     """What a template writes for each of DIALOGUES, a list. ValueError if it cannot be run.
 
-    special: the pairs of a name, bos_token say, and a token. Where it refuses a dialogue: None.
+    special: pairs as ("bos_token", "<s>"). For a dialogue that the template refuses: None.
     """
     texts = []
     for messages in DIALOGUES.values():

@@ -16,7 +16,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": {"qkv_bias": True},
     "Qwen3ForCausalLM": {"qk_norm": True},
 }
-# The values that GPT has; where config.json has no such option, the first holds.
+# The values that GPT supports. Without the option in config.json the first one holds.
 SUPPORTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -86,7 +86,7 @@ def read_rope(path, c):
 def read_config(folder, block_size=0):
     """The GPTConfig of a folder's config.json, its context cut to block_size unless that is 0.
 
-    ValueError for what GPT has not.
+    ValueError for what GPT does not have.
     """
     path = pathlib.Path(folder) / "config.json"
     c = read_json(path)

@@ -3,8 +3,8 @@ The tokenizer of a checkpoint folder in the Hugging Face format: a byte-level BP
 and SmolLM2 have it. Ids equal those of Hugging Face tokenizers. Each error is a ValueError of one
 line.
 
-A chat format is a row of LAYOUTS. A folder has one if it has all its special tokens. Its chat
-template, where there is one, then says what it writes between them (data/hf/chat_template.py).
+A chat format is a row of LAYOUTS. A folder has the format if it has all its special tokens. The
+folder's chat template, if any, says what stands between them (data/hf/chat_template.py).
 """
 import functools
 import pathlib
@@ -32,8 +32,8 @@ SMOLLM = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 SYMBOLS = {chr(b): b for b in PRINTABLE}
 SYMBOLS |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
-# The special tokens that a chat needs, behind the ranks of LLaMA 3's tokenizer.model; the others of
-# its 256 are never said.
+# The special tokens that a chat needs, behind the ranks of LLaMA 3's tokenizer.model. A chat never
+# has the others of its 256.
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
                   "<|end_header_id|>": 7, "<|eot_id|>": 9}
 UNKNOWN = ("is not a byte-level BPE as LLaMA 3, Qwen and SmolLM2 have it; "
@@ -44,7 +44,7 @@ def byte_ranks(path, vocab, merges, whole):
     """A byte-level BPE's vocabulary and merges -> {bytes: id} for tiktoken.
 
     tiktoken merges what gives the smallest id. That is the same if ids grow along the merges.
-    ValueError if the two could differ. whole: words of the vocabulary that are taken whole.
+    ValueError if the two could differ. whole: words of the vocabulary that are never cut.
     """
     made = ["".join(pair) for pair in merges]
     ids = [vocab.get(token) for token in made]
@@ -114,7 +114,8 @@ def read_tokenizer_json(path):
 def read_vocab(folder):
     """vocab.json and merges.txt -> the same as read_tokenizer_json.
 
-    They do not say how text is split: as Qwen or as SmolLM2 does it, which config.json tells.
+    They do not say how text is split. Qwen and SmolLM2 do it in two ways, and config.json says
+    which of the two a folder is.
     """
     lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
     if lines[0].startswith("#version"):
@@ -234,10 +235,10 @@ def read_tokenizer(folder):
             raise ValueError(f"{path}: the folder's chat template does not write what its special "
                              f"tokens tell, the format {name}; other formats are not supported"
                              ) from None
-    # 3. Those that a text may spell. The format's are none of them, whatever the file says of them.
+    # 3. The special tokens that a text may spell. Those of the chat format are never among them.
     spoken = [token for token, (_, special) in added.items()
               if not special and token not in special_tokens(layout)]
-    # 4. Bytes that it lacks are left out of a text, as in Hugging Face tokenizers.
+    # 4. A byte without a token gets an id beyond the vocabulary, which `encode` leaves out.
     for byte in range(256):
         ranks.setdefault(bytes([byte]), vocab_size + byte)
     ids = {token: i for token, (i, _) in added.items()}

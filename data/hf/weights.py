@@ -1,10 +1,8 @@
 """
-Published checkpoints in the Hugging Face format. All that this codebase knows of foreign weights is
-here, of their config.json in data/hf/config.py, of their tokenizers in data/hf/tokenizer.py.
+The weights of published checkpoints in the Hugging Face format.
 
     model = from_pretrained(folder)       LLaMA 2, 3 and 3.x, TinyLlama, SmolLM2, Qwen2, 2.5 and 3
     save_pretrained(model, folder, out)   back to the same format, for use elsewhere
-    tokenizer = load_tokenizer(folder)    the same, but for LLaMA 2 and TinyLlama (SentencePiece)
 
 Weights are read memory-mapped from safetensors: eight bytes with the length of a JSON header, the
 header, raw numbers. Names, shapes and sizes are all checked before the first number is read, so
@@ -118,7 +116,7 @@ def write_safetensors(path, shapes, dtype, read):
 def read_weights(folder):
     """{name: memory-mapped tensor} of model.safetensors, or of the shards that its index names.
 
-    ValueError as above.
+    ValueError if a file is missing or damaged.
     """
     if (folder / WEIGHTS).exists():
         return read_safetensors(folder / WEIGHTS)
@@ -158,13 +156,13 @@ def their_parts(name, shape, config):
 
 
 def meta_model(config):
-    """A GPT of shapes alone, without memory; no time is spent on random numbers."""
+    """A GPT that has shapes and no memory. To make it takes no random numbers."""
     with torch.device("meta"):
         return GPT(config)
 
 
 def checkpoint_parts(model):
-    """{our tensor's name: {their tensor's name: its shape}} of all in a checkpoint of this GPT."""
+    """All tensors of a checkpoint of this GPT: {our name: {their name: its shape}}."""
     tied = model.config.tie_embeddings
     return {name: their_parts(name, tuple(p.shape), model.config)
             for name, p in model.state_dict().items() if not (tied and name == "head.weight")}
@@ -220,8 +218,8 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
 def save_pretrained(model, source, folder, mask=""):
     """Write a GPT that began as the checkpoint folder `source` to a folder of the same format.
 
-    It is written in the dtype of its parameters. mask: the name of the mask that it was trained
-    under, which config.json then tells; "" leaves what the source's says.
+    It is written in the dtype of its parameters. mask: the name of the mask of its training, which
+    config.json gets; "" leaves the entry of the source.
     """
     source, folder = pathlib.Path(source), pathlib.Path(folder)
     dtype = model.embed.weight.dtype

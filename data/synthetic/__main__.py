@@ -7,7 +7,6 @@ from data.synthetic import SPLITS, generate
 
 
 def main():
-    """Print some dialogues, or write a file of them for `--data`."""
     with machine.errors_in_one_line("lower --n"):
         parser = machine.Parser("Print some synthetic dialogues, or write a file of them.")
         parser.add_argument("--jsonl", default="", help="the file to write, one dialogue a line")

@@ -2,8 +2,7 @@
 What people say first, and what nobody taught the model: queries whose answers are fixed.
 
 TALK is small talk and questions about the model itself, each answer with the ways to ask for it.
-What is asked about the rest of the world is made of templates and words, and the answer is always
-UNKNOWN.
+Questions about the rest of the world are made of templates and words. Their answer is UNKNOWN.
 """
 from data.synthetic.words import (
     CITIES,
@@ -202,7 +201,7 @@ def known(rng):
     return rng.choice(queries), answer
 
 
-# What is asked in the rest of the world. {x}, {y}: words, {name}, {city}, {n}, {m}: a name, ...
+# Questions about the rest of the world. {x}, {y}: words, {name}, {city}, {n}, {m}: a name, ...
 # {d}: a number of two digits; sums of two such are not taught.
 QUESTIONS = """
 What is the capital of {city}?|Who is the king of {city}?|How far is it from {city} to {city}?
@@ -354,5 +353,5 @@ def unknown(rng):
 
 
 def chat(rng):
-    """A turn (query, answer) that needs nothing of what was said before."""
+    """A turn (query, answer) that needs no earlier turn."""
     return rng.choice((known, unknown))(rng)

@@ -1,8 +1,8 @@
 """
 The words of the synthetic dialogues: lists to draw from, and words that nobody has seen before.
 
-Who chats with the model comes with a name of his own. So the names here are many, and half of those
-in a dialogue are invented: to copy them pays, to remember them does not.
+A user has a name that the model has never seen. So there are many names here, and a dialogue
+invents half of its names: the model has to copy names, and gains nothing by remembering them.
 """
 import random
 
@@ -183,7 +183,7 @@ minä sinä ja se on ei miten mitä missä miksi kiitos talo koulu syödä huome
 أنا أنت هو ليس كيف ماذا أين لماذا شكرا بيت مدرسة غدا جدا اليوم من على
 मैं तुम है नहीं कैसे क्या कहाँ क्यों धन्यवाद घर स्कूल कल बहुत आज और से
 """.strip().splitlines()]
-# Words in which the one who types may make an error.
+# Words that a user may mistype.
 TYPED_WRONG = """
 again around biggest called color double even favorite first front gives half have largest last
 like list live lives more much name named number older once only people remember remove reverse
@@ -278,12 +278,12 @@ class Words:
     """A source of names and cities for one dialogue, no word twice in a call.
 
     split: new_words and final_words have lists of their own.
-    lower: as one types who leaves out all capitals.
+    lower: the user types small letters alone.
     """
 
     def __init__(self, rng, split="train", lower=False):
         self.rng, self.lower = rng, lower
-        self.drawn = []  # all that were given
+        self.drawn = []  # all words so far
         self.fixed = {"new_words": (NEW_NAMES, NEW_CITIES),
                       "final_words": (FINAL_NAMES, FINAL_CITIES)}.get(split)
 
@@ -294,7 +294,7 @@ class Words:
         return self.draw(n, self.fixed[1] if self.fixed else CITIES)
 
     def draw(self, n, known):
-        """n different words: of the held-out lists as they stand, else half of them invented."""
+        """n different words: those of a held-out list, else about half of them invented."""
         words = {}
         while len(words) < n:
             new = not self.fixed and self.rng.random() < 0.5
