@@ -71,6 +71,7 @@ class Comparison(Study):
     kinds: str = setting("question last,dialogues", "of dialogues, with commas between")
     gsm8k: str = setting("", "a folder with GSM8K's train.jsonl and test.jsonl")
     problems: int = setting(1319, "how many of GSM8K's to test on")
+    twice: bool = setting(False, "say each query twice, so that causal has seen how it ends")
     masks: str = setting("causal,ism", "names of masks, with commas between")
     rates: str = setting("1e-3,3e-3", "rates that the first seed tries, with commas between")
     steps: int = setting(120, "training steps")
@@ -208,6 +209,12 @@ def sources(c, split, n, seed):
     return found
 
 
+def said_twice(messages):
+    """Repeat each query, so that its second copy sees all of the first."""
+    texts = {"user": "{0}\n\n{0}"}
+    return [{**m, "content": texts.get(m["role"], "{0}").format(m["content"])} for m in messages]
+
+
 def splits(c, seed, folder):
     """{"train": all kinds together, "val": {kind: Split}, "test": {kind: Split}}."""
     encode = Encoder(hf.load_tokenizer(c.init_from), c.block_size)
@@ -215,7 +222,8 @@ def splits(c, seed, folder):
     def split(name, dialogues):
         rows = []
         for dialogue in dialogues:
-            row = encode(dialogue["messages"])
+            messages = dialogue["messages"]
+            row = encode(said_twice(messages) if c.twice else messages)
             if row is not None:
                 rows.append((*row, dialogue["family"]))
         write_split(folder, name, rows)
@@ -244,7 +252,7 @@ def run_one(c, mask, seed, rate):
     )
     record = {
         "mask": mask, "seed": seed, "rate": rate, "anneal": c.anneal, "rank": c.rank,
-        "steps": [], "curves": {}, "end": {}, "families": {}, "pairs": {},
+        "twice": c.twice, "steps": [], "curves": {}, "end": {}, "families": {}, "pairs": {},
     }
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -311,10 +319,11 @@ def run_all(c):
         for mask in c.masks.split(","):
             rates = c.tried
             if len(rates) > 1 and seed != c.all_seeds[0]:
-                name = named({"mask": mask, "anneal": c.anneal, "rank": c.rank})
+                name = named({"mask": mask, "anneal": c.anneal, "rank": c.rank, "twice": c.twice})
                 rates = [best_rate(read_figures(c.json)["runs"], name)]
             for rate in rates:
-                file = f"{mask}-{seed}-{rate:g}-anneal-{c.anneal}-rank-{c.rank}.json"
+                file = f"{mask}-{seed}-{rate:g}-anneal-{c.anneal}-rank-{c.rank}"
+                file += "-twice.json" if c.twice else ".json"
                 make = functools.partial(run_one, c, mask, seed, rate)
                 add_run(Path(c.runs, file), make, c.json)
 
@@ -327,6 +336,8 @@ def chosen_by(run):
 def named(run):
     """The name of a run in tables. Runs that differ in seed and rate alone share it."""
     parts = [run["mask"]]
+    if run["twice"]:
+        parts.append("given twice")
     if run["anneal"]:
         parts.append("annealed")
     if run["rank"] != Comparison.rank:
@@ -396,7 +407,7 @@ def ends(run, which):
 
 def by_dialogue(found):
     """Rows for `table`: each run's loss a token less that of causal with the same seed."""
-    base = next(name for name in found if name.startswith("causal"))
+    base = next(name for name in found if name.startswith("causal") and "twice" not in name)
     numbers = {}  # (name, seed): losses and tokens of each problem, (2, problems)
     for name, runs in found.items():
         for run in runs:

@@ -141,19 +141,22 @@ def test_each_mask_runs_at_its_best_rate(made):
 
 
 def test_the_loss_by_dialogue_is_that_of_train(stories, tmp_path):
-    folder, looked = make_folder(tmp_path / "model"), []
+    """And a query that is said twice leaves the answers as they are."""
+    folder, sums = make_folder(tmp_path / "model"), {}
 
     def watch(run, loss):
         by_dialogue = compare.loss_by_dialogue(run, given["test"]["gsm8k"])
         assert by_dialogue[0].sum() / by_dialogue[1].sum() == pytest.approx(
             compare.evaluate(run, given["test"]["gsm8k"])[0], rel=1e-4)
-        looked.append(by_dialogue.shape)
+        sums[c.twice] = by_dialogue[1].tolist()
 
-    c = Comparison(kinds="gsm8k", gsm8k=str(stories), init_from=str(folder), n=40)
-    given = splits(c, 0, tmp_path)
-    s = compare.Finetune(init_from=str(folder), mask="ism_sink", max_iters=1, block_size=256)
-    compare.finetune(s, {"train": given["train"], "test": given["val"]["gsm8k"]}, watch)
-    assert looked == [(2, 60)]
+    common = dict(kinds="gsm8k", gsm8k=str(stories), init_from=str(folder), n=40)
+    for c in (Comparison(**common, twice=twice) for twice in (False, True)):
+        (tmp_path / f"{c.twice}").mkdir()
+        given = splits(c, 0, tmp_path / f"{c.twice}")
+        s = compare.Finetune(init_from=str(folder), mask="ism_sink", max_iters=1, block_size=256)
+        compare.finetune(s, {"train": given["train"], "test": given["val"]["gsm8k"]}, watch)
+    assert sums[False] == sums[True] and len(sums[True]) == 60
 
 
 def test_what_is_there_is_not_run_again(made):
