@@ -134,6 +134,13 @@ class Encoder:
             tokens, segments = tokens[: ends[-1]], segments[: ends[-1]]
         return tokens, segments
 
+    def rows(self, dialogues):
+        """Yields (tokens, segments, family) of each dialogue in which an answer fits."""
+        for dialogue in dialogues:
+            row = self(dialogue["messages"])
+            if row is not None:
+                yield *row, dialogue["family"]
+
     def tell(self):
         if self.cut or self.dropped:
             print(f"{self.cut} dialogues were cut to {self.block_size} tokens at the end of an "
@@ -147,9 +154,7 @@ def synthetic_splits(encode, n_dialogues, seed, families):
     rows = {split: [] for split in SPLITS}
     total = sum(sizes.values())
     for split, dialogue in Bar(found, "prepare", total, unit=" dialogues", leave=False):
-        row = encode(dialogue["messages"])
-        if row is not None:
-            rows[split].append((*row, dialogue["family"]))
+        rows[split] += encode.rows([dialogue])
     for split in ("train", "val", "test"):
         if not rows[split]:
             raise ValueError(f"none of {sizes[split]} dialogues for '{split}' has an answer that "
@@ -169,11 +174,7 @@ def own_splits(data, encode, skip_bad):
         raise ValueError(f"{data} holds no dialogue; expected one a line, in JSON")
     chats = [{"messages": messages, "family": "chats"} for messages in different.values()]
     chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())
-    rows = []
-    for chat in Bar(chats, "prepare", unit=" dialogues", leave=False):
-        row = encode(chat["messages"])
-        if row is not None:
-            rows.append((*row, chat["family"]))
+    rows = list(encode.rows(Bar(chats, "prepare", unit=" dialogues", leave=False)))
     if not rows:
         raise ValueError(f"{data} has no dialogue with an answer that fits into "
                          f"{encode.block_size} tokens")

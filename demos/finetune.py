@@ -69,23 +69,25 @@ class LoRA(nn.Module):
         return self.linear
 
 
+def linear_layers(model):
+    """(the part of a block, the name of its linear layer) of all layers that get LoRA, a list."""
+    parts = [part for block in model.blocks for part in (block.attention, block.mlp)]
+    return [(part, name) for part in parts for name in LINEAR if hasattr(part, name)]
+
+
 def add_lora(model, rank, alpha):
     """Freeze a GPT and put LoRA around the linear layers of its blocks."""
     model.requires_grad_(False)
-    for block in model.blocks:
-        for part in (block.attention, block.mlp):
-            for name, linear in list(part.named_children()):
-                if name in LINEAR:
-                    setattr(part, name, LoRA(linear, rank, alpha))
+    for part, name in linear_layers(model):
+        setattr(part, name, LoRA(getattr(part, name), rank, alpha))
 
 
 def merge_lora(model):
-    """Turn a GPT with LoRA into a plain one that computes the same."""
-    for block in model.blocks:
-        for part in (block.attention, block.mlp):
-            for name, child in list(part.named_children()):
-                if isinstance(child, LoRA):
-                    setattr(part, name, child.merged())
+    """Turn a GPT, with LoRA or without, into a plain one that computes the same."""
+    for part, name in linear_layers(model):
+        layer = getattr(part, name)
+        if isinstance(layer, LoRA):
+            setattr(part, name, layer.merged())
     return model.requires_grad_(True)
 
 

@@ -344,10 +344,6 @@ def measure(a):
     for name, part in bar:
         bar.set_description(name)
         figures[name] = part(a)
-    turns = figures["first token by turn"]
-    figures["first token, last turn over the second"] = {
-        way: times[-1] / times[1] for way, times in turns.items()
-    }
     return figures
 
 

@@ -255,9 +255,6 @@ ERRORS = [
     ("one", offsets(0, 64), f"{NORM} has 64 bytes"),
     ("one", offsets(2**40, 2**40 + 128), f"cut off: {NORM} ends"),
     ("shards", remove("model-00002-*"), "00002-of-.* is missing"),
-    ("shards", index(lambda m: m.update({"model.x": m[NORM]})),
-     "model.x is missing, the index has it here"),
-    ("shards", index(lambda m: m.pop(NORM)), f"{NORM} is here, but the index has it in no file"),
     ("shards", index(lambda m: m.update({NORM: "../model.safetensors"})), "weight_map must map"),
 ]
 

@@ -58,8 +58,8 @@ def test_the_small_model_is_made_by_one_command(tmp_path):
 # The lines of today. A change may add a twentieth; more is a decision, and is written down here.
 LINES = {
     "the lessons": 830,  # above the line
-    "data": 3839,
-    "demos": 4120,
+    "data": 3833,
+    "demos": 4114,
     "tests": 8950,
 }
 
