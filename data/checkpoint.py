@@ -13,7 +13,6 @@ import secrets
 import shlex
 import shutil
 import tempfile
-import threading
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -78,7 +77,7 @@ def make_folder(path):
     return folder
 
 
-HELD = {}  # folder -> (the open file that locks it, the thread whose run writes there)
+HELD = {}  # folder -> the open file that locks it
 LOCK = "ckpt.pt.lock"
 WRITTEN = "ckpt.pt", "metrics.json", "model.safetensors"  # what a run writes by whole_file
 
@@ -86,16 +85,12 @@ WRITTEN = "ckpt.pt", "metrics.json", "model.safetensors"  # what a run writes by
 def hold(folder):
     """Locks a folder for this process and removes what a killed run has left half written there.
 
-    ValueError if another run holds it. The lock ends with the process, however that ends. Windows
-    has no such lock: there a second process in the folder goes unnoticed.
+    ValueError if another process holds it. The lock ends with the process, however that ends.
+    Windows has no such lock: there a second process in the folder goes unnoticed.
     """
     another = f"another run is writing to {folder}; name another --out_dir"
-    file, thread = HELD.get(folder.resolve(), (None, None))
-    # A lock of this thread is left over from a failed run.
-    if thread not in (None, threading.current_thread()) and thread.is_alive():
-        raise ValueError(another)
-    if file is not None:
-        file.close()
+    if folder.resolve() in HELD:  # left over from a failed run of this process
+        HELD.pop(folder.resolve()).close()
     file = open(folder / LOCK, "a")
     locked = fcntl is not None
     try:
@@ -105,7 +100,7 @@ def hold(folder):
         raise ValueError(another) from None
     except OSError:  # this disk has no locks, and another machine may be writing to it
         locked = False
-    HELD[folder.resolve()] = file, threading.current_thread()
+    HELD[folder.resolve()] = file
     if locked:
         for name in WRITTEN:
             for partial in folder.glob(f"{name}.????????.partial"):
@@ -115,8 +110,7 @@ def hold(folder):
 
 def let_go(folder):
     """Unlocks a folder that `hold` has locked."""
-    file, _ = HELD.pop(folder.resolve())
-    file.close()
+    HELD.pop(folder.resolve()).close()
     (folder / LOCK).unlink(missing_ok=True)
 
 

@@ -31,13 +31,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("resource", reason="it counts memory on Linux and macOS")
 
-import data.tokenizer
 from data.chats import read_chats
 from data.checkpoint import load_checkpoint, load_state, restore, save_checkpoint
 from data.hf import from_pretrained, load_tokenizer, read_config, save_pretrained
 from data.hf.tokenizer import SYMBOLS
 from data.machine import one_line
-from data.tokenizer import RANKS, Tokenizer, load_named
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from sample import go_on, load_chat, read_history
 from train import Settings, make_optimizer
@@ -219,16 +218,6 @@ def read_jsonl(folder):
         TOKENIZER.encode_dialogue(messages)
 
 
-def read_rank_file(folder):
-    data.tokenizer.RANKS = folder / "ranks.tiktoken"
-    load_named.cache_clear()
-    try:
-        use(Tokenizer())
-    finally:
-        data.tokenizer.RANKS = RANKS
-        load_named.cache_clear()
-
-
 def read_saved(folder):
     chat = CHAT[0]
     go_on(chat, read_history(folder / "history.json"))
@@ -246,10 +235,6 @@ def write_history(folder):
     write_json(folder / "history.json", next(chats()))
 
 
-def write_rank_file(folder):
-    shutil.copy(RANKS, folder / "ranks.tiktoken")
-
-
 def read_config_and_tokenizer(folder):
     from_pretrained(folder)
     load_tokenizer(folder)
@@ -265,7 +250,6 @@ READERS = {
     "resume": (write_checkpoint, "ckpt.pt", resume),
     "chats": (write_jsonl, "chats.jsonl", read_jsonl),
     "history": (write_history, "history.json", read_saved),
-    "ranks": (write_rank_file, "ranks.tiktoken", read_rank_file),
     "safetensors": (write_folder, "model.safetensors", from_pretrained),
     "config": (write_folder, "config.json", read_config_and_tokenizer),
     "tokenizer": (write_folder, "tokenizer.json", read_tokenizer),
@@ -434,7 +418,9 @@ def hf_claims(**options):
 
 def rank_lines(change):
     def write(folder):
-        (folder / "ranks.tiktoken").write_bytes(b"\n".join(change(RANKS.read_bytes().splitlines())))
+        write_rank_model(folder)
+        path = folder / "tokenizer.model"
+        path.write_bytes(b"\n".join(change(path.read_bytes().splitlines())))
 
     return write
 
@@ -491,12 +477,12 @@ HOSTILE_FILES = {
     "HF empty token": (changed("tokenizer.json", empty_token), load_tokenizer, "a token is empty"),
     "long line": (long_line, read_jsonl, "line 1 is longer than"),
     "deep line": (deep_line, read_jsonl, "line 1 is not JSON"),
-    "rank twice": (rank_lines(lambda lines: lines + [b"enp6eg== 7"]), read_rank_file, "twice"),
-    "token twice": (rank_lines(lambda lines: lines + [lines[0].split()[0] + b" 1276"]),
-                    read_rank_file, "twice"),
+    "rank twice": (rank_lines(lambda lines: lines + [b"enp6eg== 7"]), read_tokenizer, "twice"),
+    "token twice": (rank_lines(lambda lines: lines + [lines[0].split()[0] + b" 257"]),
+                    read_tokenizer, "twice"),
     "rank of a trillion": (rank_lines(lambda lines: lines + [b"enp6eg== 1000000000000"]),
-                           read_rank_file, "left out"),
-    "byte without a rank": (rank_lines(lambda lines: lines[1:]), read_rank_file, "left out"),
+                           read_tokenizer, "left out"),
+    "byte without a rank": (rank_lines(lambda lines: lines[1:]), read_tokenizer, "left out"),
 }
 
 

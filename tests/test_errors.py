@@ -136,7 +136,6 @@ CALL = {"role": "assistant", "tool_calls": [{"id": 1}]}
     (gzip.compress(CHAT, mtime=0), "packed by gzip"),
     (line_of_chat(1).encode("utf-16"), "UTF-16; write it as UTF-8"),
     (b"[\n" + CHAT + b"\n]", "of a list write each dialogue on a line of its own"),
-    (b"[" + CHAT + b"]", "on a line of its own, got a list"),
     (b"question,answer\n1,2", "is not JSON: question,answer"),
     (b"\n \n", "holds no dialogue"),
     ({"messages": [USER, ANSWER], "kto_tag": False}, "'kto_tag' is false, so its answer"),

@@ -7,7 +7,6 @@ import pathlib
 import random
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -199,26 +198,14 @@ def test_a_second_run_in_a_folder_is_told(tmp_path):
     assert [path.read_bytes() for path in others] == [b"a film", b"a file"]
 
 
-def test_a_second_run_of_one_process_in_a_folder_is_told(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    told = []
-
-    def start_another(run, loss):
-        # The same folder by another name; a run in a thread, as of a notebook's other cell.
-        s = tiny(tmp_path / "x" / ".." / "out")
-        thread = threading.Thread(target=lambda: told.append(fails(train, s)))
-        thread.start()
-        thread.join()
-
+def test_a_run_that_failed_holds_its_folder_no_longer(tmp_path):
     def fail(run, loss):
         raise RuntimeError("a cell that fails")
 
-    train(tiny("out"), watch=start_another)
-    assert len(told) == 2 and all("another run is writing to" in line for line in told)
-    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 2
     with pytest.raises(RuntimeError, match="a cell"):
-        train(tiny("out"), watch=fail)
-    train(tiny("out"))  # what failed holds nothing
+        train(tiny(tmp_path), watch=fail)
+    train(tiny(tmp_path))
+    assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == 2
 
 
 def test_a_run_keeps_the_longest_model_of_the_runs_before(tmp_path, capsys):

@@ -176,12 +176,6 @@ def test_all_mixtures_of_keys_rotate_as_in_transformers(kind, tmp_path):
             assert (a[0].abs() - b[:, 0].abs()).abs().max() < 1e-4, keys
 
 
-def test_a_theta_beside_the_parameters(tmp_path):
-    theirs = make_pretrained("llama3", tmp_path)
-    config(rope_parameters={"rope_type": "default"}, rope_theta=5e5)(tmp_path)
-    check_equal(theirs, from_pretrained(tmp_path))
-
-
 def test_a_byte_order_mark(tmp_path):
     """As some editors write it before a text."""
     (tmp_path / "words").mkdir()

@@ -60,7 +60,7 @@ LINES = {
     "the lessons": 830,  # above the line
     "data": 3833,
     "demos": 4099,
-    "tests": 8950,
+    "tests": 8890,
 }
 
 
