@@ -603,7 +603,8 @@ class Optimizer:
         """For a checkpoint: a number stands for each parameter, as in torch's optimizers."""
         number = {p: i for i, p in enumerate(self.parameters())}
         return {
-            "state": {number[p]: slot for p, slot in self.state.items()},
+            # In the order of the parameters, so that a run that was resumed writes the same file.
+            "state": {i: self.state[p] for p, i in number.items() if p in self.state},
             "param_groups": [
                 {**group, "params": [number[p] for p in group["params"]]}
                 for group in self.param_groups
