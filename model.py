@@ -979,13 +979,17 @@ def same(one, two, given, kind):
             with torch.set_grad_enabled(grad), torch.autocast(
                     given[0].device.type, kind, enabled=kind != torch.float32):
                 for a, b in zip(outcome(one, given, grad), outcome(two, given, grad), strict=True):
-                    if not (a - b).abs().max() <= digits * a.abs().max():
+                    if not close(b, a, digits):
                         return False
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a changed layer may fail in any way
         return False
     return True
+
+
+def close(x, y, digits):
+    return bool((x - y).abs().max() <= digits * y.abs().max())
 
 
 def outcome(function, given, grad):
@@ -1020,9 +1024,9 @@ def choose_reader(model, tell):
     for place in places:
         if cache.length < place:  # those between the first few and the last
             model(tokens[None, few:-few], None, cache)
-        with packed_layers_call(note) as called:
+        calls.append([])
+        with packed_layers_call(functools.partial(note, calls[-1])):
             expected.append(model(tokens[None, place : place + 1], None, cache)[0, 0])
-        calls.append(called)
     expected = torch.stack(expected).float()  # (2 * few, V)
     whole = model(tokens[None])[0, places].float()  # (2 * few, V)
     rounded = any(calls) or weight.dtype != torch.float32
@@ -1037,7 +1041,7 @@ def choose_reader(model, tell):
         # From the last one on, so that before each stands what the model has put there.
         for place, right, called in reversed([*zip(places, expected, calls)]):
             cache.length = place
-            with packed_layers_call(functools.partial(answer_again, digits), called):
+            with packed_layers_call(functools.partial(answer_again, called, digits)):
                 found = one(int(tokens[place])).float()  # (V,)
             if called or not close(found, right, digits):
                 return None
@@ -1048,23 +1052,18 @@ def choose_reader(model, tell):
     return way
 
 
-def close(x, y, digits):
-    return bool((x - y).abs().max() <= digits * y.abs().max())
-
-
 # A packed layer rounds its input. A number that differs in its last digit may be rounded the other
 # way, and after thirty layers few logits agree. So while a reader is compared with the model, each
 # packed layer answers what it has answered the model, if it is asked the same.
 
 
 @contextlib.contextmanager
-def packed_layers_call(way, calls=None):
-    """Within it a packed layer gives way(calls, its forward, the layer, x) -> the list of calls."""
-    calls = [] if calls is None else calls
+def packed_layers_call(way):
+    """Within it a packed layer gives way(its forward, the layer, x)."""
     forward = PackedLinear.forward
-    PackedLinear.forward = lambda layer, x: way(calls, forward, layer, x)
+    PackedLinear.forward = lambda layer, x: way(forward, layer, x)
     try:
-        yield calls
+        yield
     finally:
         PackedLinear.forward = forward
 
@@ -1075,7 +1074,7 @@ def note(calls, forward, layer, x):
     return y
 
 
-def answer_again(digits, calls, forward, layer, x):
+def answer_again(calls, digits, forward, layer, x):
     """The noted answer. ValueError if another layer was asked then, or something else."""
     noted, before, y = calls.pop(0)
     if layer is not noted or not close(x.flatten(), before.flatten(), digits):

@@ -61,11 +61,12 @@ def run(source, special):
 
     special: pairs as ("bos_token", "<s>"). For a dialogue that the template refuses: None.
     """
-    texts = []
+    template, texts = None, []
     for messages in DIALOGUES.values():
         try:
-            text = compiled(source).render(messages=messages, add_generation_prompt=True,
-                                           tools=None, documents=None, **dict(special))
+            template = template or compiled(source)
+            text = template.render(messages=messages, add_generation_prompt=True, tools=None,
+                                   documents=None, **dict(special))
         except ImportError:
             raise ValueError(NO_JINJA) from None
         except Exception as error:  # whatever a stranger's program may raise
