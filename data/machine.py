@@ -141,6 +141,7 @@ def errors_in_one_line(memory, stopped="stopped"):
     """
     name = os.path.basename(sys.argv[0])
     try:
+        check_torchrun()
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -223,10 +224,25 @@ DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = "cpu, cuda or mps, on which nobody has run this; auto is cuda, or else cpu"
 
 
+def from_torchrun(name, without):
+    """A number that torchrun has set in the environment; else what holds without torchrun."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else without
+
+
 # The number of this process, the same on its machine, and how many processes there are.
-RANK = int(os.environ.get("RANK") or 0)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = from_torchrun("RANK", 0)
+LOCAL_RANK = from_torchrun("LOCAL_RANK", 0)
+WORLD = from_torchrun("WORLD_SIZE", 1)
+
+
+def check_torchrun():
+    """ValueError if the environment has something else where torchrun sets a number."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        value = os.environ.get(name) or "0"
+        if not value.isdecimal():
+            raise ValueError(f"{name}={value}: torchrun sets a number here; unset it to run "
+                             "without torchrun")
 
 
 def pick_device(name):

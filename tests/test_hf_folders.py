@@ -159,14 +159,17 @@ def contradicts(keys):
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
 def test_all_mixtures_of_keys_rotate_as_in_transformers(kind, tmp_path):
-    """The rotation of each position is that of transformers, if no two places contradict."""
-    rng, name = random.Random(kind), kind.lower()
+    """The rotation of each position is that of transformers, or an error says what stands twice."""
+    rng, refused, name = random.Random(kind), 0, kind.lower()
     sizes = {"architectures": [f"{kind}ForCausalLM"], "model_type": name, **SIZES, "head_dim": 8}
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     for _ in range(150):
         keys = random_rope(rng)
         (tmp_path / "config.json").write_text(json.dumps({**sizes, **keys}))
         if contradicts(keys):
+            with pytest.raises(ValueError, match="stands there twice"):
+                read_config(tmp_path)
+            refused += 1
             continue
         config = transformers.AutoConfig.from_pretrained(tmp_path)
         rotary = getattr(module, f"{kind}RotaryEmbedding")(config)
@@ -174,6 +177,13 @@ def test_all_mixtures_of_keys_rotate_as_in_transformers(kind, tmp_path):
         ours = rope_tables(read_config(tmp_path))  # cos and signed sin, (T, 1, D)
         for a, b in zip(theirs, ours, strict=True):
             assert (a[0].abs() - b[:, 0].abs()).abs().max() < 1e-4, keys
+    assert 20 < refused < 130
+
+
+def test_a_theta_beside_the_parameters(tmp_path):
+    theirs = make_pretrained("llama3", tmp_path)
+    config(rope_parameters={"rope_type": "default"}, rope_theta=5e5)(tmp_path)
+    check_equal(theirs, from_pretrained(tmp_path))
 
 
 def test_a_byte_order_mark(tmp_path):
@@ -224,6 +234,8 @@ ERRORS = [
     ("one", config(rope_parameters=None, rope_scaling=LINEAR), "type linear"),
     ("one", config(rope_parameters={"rope_type": "llama3", "factor": 2.0}),
      "low_freq_factor must be"),
+    ("one", config(rope_parameters={"rope_type": "llama3", "type": "default"}),
+     "rope_type stands there twice, as llama3"),
     ("one", config(rope_parameters={"full_attention": {"rope_theta": 5.0}}),
      "for each type of layer are not supported"),
     ("one", config(rope_parameters={"rope_theta": 5.0, "partial_rotary_factor": 0.5}),
@@ -249,6 +261,9 @@ ERRORS = [
     ("one", offsets(0, 64), f"{NORM} has 64 bytes"),
     ("one", offsets(2**40, 2**40 + 128), f"cut off: {NORM} ends"),
     ("shards", remove("model-00002-*"), "00002-of-.* is missing"),
+    ("shards", index(lambda m: m.update({"model.x": m[NORM]})),
+     "model.x is missing, the index has it here"),
+    ("shards", index(lambda m: m.pop(NORM)), f"{NORM} is here, but the index has it in no file"),
     ("shards", index(lambda m: m.update({NORM: "../model.safetensors"})), "weight_map must map"),
 ]
 

@@ -1,13 +1,16 @@
 """Machines that are not ours: other devices and dtypes, no compiler, no torchrun."""
 
+import importlib.util
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from helpers import TOKENIZER, OnCpu, check_cache, exact_attention, fails, tiny
 
 import model as model_module
+from data import machine
 from data.machine import check_compiler, pick_device, pick_dtype
 from mask import MASKS
 from model import GPT, Cache, GPTConfig, Replay, fastest_attention
@@ -149,3 +152,21 @@ def test_to_compile_without_a_compiler_is_one_line(tmp_path, card):
     check_compiler(cpu)
     card["cc"] = None
     assert "needs a C++ compiler (g++ or clang++)" in fails(train, tiny(tmp_path, compile=True))
+
+
+def test_variables_of_torchrun_are_numbers_or_as_if_unset(monkeypatch):
+    for value, number in (("", 1), ("12", 12)):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        machine.check_torchrun()
+        assert machine.from_torchrun("WORLD_SIZE", 1) == number
+    for value in ("x", "-1", "1.5", " "):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        how = "torchrun sets a number here; unset it to run without torchrun"
+        assert fails(machine.check_torchrun) == f"WORLD_SIZE={value}: {how}"
+        assert machine.from_torchrun("WORLD_SIZE", 1) == 1  # an import ends no process
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    spec = importlib.util.spec_from_file_location("fresh", ROOT / "data" / "machine.py")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert (fresh.WORLD, fresh.RANK, fresh.LOCAL_RANK) == (1, 0, 0)

@@ -54,33 +54,50 @@ def number(path, options, key, default=None, kind=int):
     return kind(value)
 
 
+def agreed(path, key, *values):
+    """The value of an option that may stand in several places; None where it stands in none."""
+    given = [value for value in values if value is not None]
+    for value in given:
+        if value != given[0]:
+            raise ValueError(f"{path}: {key} stands there twice, as {given[0]} and as {value}; "
+                             "leave one of them out")
+    return given[0] if given else None
+
+
 def read_rope(path, c):
     """The rotation by the dict c of config.json: (rope_theta, rope_scaling), see GPTConfig.
 
     Newer files have all of it in rope_parameters. Older ones have rope_theta by itself and the
-    rest in rope_scaling. Mixtures are read as transformers reads them.
+    rest in rope_scaling. Mixtures are read as transformers reads them. What contradicts itself is
+    refused.
     """
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_parameters must be an object, not {rope}")
+    for option in ("rope_parameters", "rope_scaling"):
+        if not isinstance(c.get(option) or {}, dict):
+            raise ValueError(f"{path}: {option} must be an object, not {c[option]}")
+    # An empty object says as little as none.
+    rope = agreed(path, "rope_parameters, or rope_scaling,", c.get("rope_parameters") or None,
+                  c.get("rope_scaling") or None) or {}
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{path}: rope_parameters for each type of layer are not supported, "
                          "only one for all layers")
-    beside = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
-    rope = {**{key: c.get(key) for key in beside}, **rope}
-    if rope["partial_rotary_factor"] not in (1, None):
-        raise ValueError(f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']} "
-                         "is not supported, only 1")
-    theta = number(path, rope, "rope_theta", 10000.0, float)
-    kind = rope.get("rope_type") or rope.get("type")  # its newer and its older name
+    for options in (c, rope):
+        if options.get("partial_rotary_factor") not in (1, None):
+            raise ValueError(f"{path}: partial_rotary_factor = {options['partial_rotary_factor']} "
+                             "is not supported, only 1")
+    theta = agreed(path, "rope_theta", rope.get("rope_theta"), c.get("rope_theta"))
+    theta = number(path, {"rope_theta": theta}, "rope_theta", 10000.0, float)
+    # Before it was called rope_type it was called type.
+    kind = agreed(path, "rope_type", rope.get("rope_type"), rope.get("type"))
     if kind in ("default", None):
         return theta, ()
     if kind != "llama3":
         raise ValueError(f"{path}: rope scaling of type {kind} is not supported, only llama3")
-    keys = "factor", "low_freq_factor", "high_freq_factor"
-    original = number(path, rope, "original_max_position_embeddings", c["max_position_embeddings"],
-                      float)
-    return theta, (*(number(path, rope, key, kind=float) for key in keys), original)
+    original = agreed(path, "original_max_position_embeddings",
+                      rope.get("original_max_position_embeddings"),
+                      c.get("original_max_position_embeddings"))
+    rope = {**rope, "original_max_position_embeddings": original or c["max_position_embeddings"]}
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return theta, tuple(number(path, rope, key, kind=float) for key in keys)
 
 
 def read_config(folder, block_size=0):

@@ -129,7 +129,14 @@ def read_weights(folder):
         raise ValueError(f"{index}: weight_map must map the names of tensors to files "
                          "in this folder")
     for file in sorted(set(where.values())):
-        tensors |= read_safetensors(folder / file)
+        shard = read_safetensors(folder / file)
+        for name in shard:
+            if where.get(name) != file:
+                raise ValueError(f"{folder / file}: {name} is here, "
+                                 f"but the index has it in {where.get(name, 'no file')}")
+        tensors |= shard
+    for name in sorted(where.keys() - tensors.keys()):
+        raise ValueError(f"{folder / where[name]}: {name} is missing, the index has it here")
     return tensors
 
 

@@ -33,7 +33,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from data.hf import from_pretrained, load_tokenizer
-from sample import go_on, load_chat
+from model import Steps, faster
+from sample import DTYPES, go_on, load_chat, stored
 
 sys.path.insert(0, str(ROOT / "demos"))
 import real
@@ -446,6 +447,14 @@ def test_the_real_weights(smollm2):
     with torch.no_grad():
         expected = model(ids).logits  # (2, 200, V)
         assert (expected - chat.model(ids)).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DTYPES)
+def test_the_real_model_is_written_out_in_each_dtype(smollm2, kind):
+    """Through thirty layers rounding alone moves the logits of most tokens."""
+    model = stored(from_pretrained(smollm2, 512), torch.device("cpu"), kind)
+    assert faster(model.eval()).reader is Steps
 
 
 FIRST = ["My name is Ann and I live in Rome.", "What is the capital of France?",
