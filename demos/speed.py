@@ -165,7 +165,7 @@ def first_tokens(a):
     tokenizer = Tokenizer()
     config = GPTConfig(tokenizer.vocab_size, 4096, n_layer=4, n_head=4, n_embd=256, n_hidden=512)
     torch.manual_seed(0)
-    model = stored(GPT(config), a.device, "auto")
+    model = faster(stored(GPT(config), a.device, "auto").eval())
     ways = {"causal": "causal", "ism": "ism", "prefix": "prefix", "ism, no cache": "ism"}
     seconds = {way: [[] for _ in range(turns)] for way in ways}
     for _ in range(a.repeats(4)):
@@ -268,7 +268,7 @@ def large(a):
     tokens = torch.randint(0, config.vocab_size, (B, T), device=a.device)
     segments = (torch.arange(T) // 75 + 1)[None].expand(B, T)
     with torch.device(a.device):
-        model = GPT(config)
+        model = faster(GPT(config), a.dtype)
     optimizer = make_optimizer(model, Settings(muon=False))
 
     @torch.compile
