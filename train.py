@@ -195,6 +195,7 @@ class Run:
     seen: int = 0  # tokens since then
     right: float = None  # the share of held-out answers, when last looked at
     told: bool = False  # that there is a checkpoint to chat with
+    times: tuple = None  # seconds and CPU seconds at the first look; () when they were compared
     former: pathlib.Path = None  # where the first save puts the checkpoint of an earlier run
     saved: bool = False  # that it has put it there
 
@@ -451,6 +452,21 @@ def tell(run, loss):
     if run.right is not None:
         told += f", {reported_on(run.splits)} right {run.right:.1%}"
     run.bar.set_postfix_str(told)
+    if RANK == 0 and run.device.type == "cpu":
+        look_at_cores(run)
+
+
+def look_at_cores(run):
+    """Tell, once, whether each thread has a core, by the steps between the first two looks."""
+    times = time.perf_counter(), time.process_time()
+    if run.times is None:  # at the first look kernels have still been prepared
+        run.times = times
+    elif run.times:
+        spent = [now - before for now, before in zip(times, run.times)]
+        line = machine.crowded(*spent, torch.get_num_threads())
+        if line:
+            run.bar.tell(line)
+        run.times = ()
 
 
 def reported_on(splits):

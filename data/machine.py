@@ -335,6 +335,20 @@ def tune_cpu():
 # --- several processes --------------------------------------------------------------------------
 
 
+def crowded(seconds, cpu_seconds, threads):
+    """A line if so many threads had much less than the time of their cores, else "".
+
+    Threads wait for each other by spinning. So on a core each they take all of its time: 99 to
+    100 % in the default run with 2 threads. Beside one other busy program they had 62 to 70 %, and
+    a step took three times as long.
+    """
+    share = cpu_seconds / (seconds * threads)
+    if threads == 1 or share > 0.85:
+        return ""
+    return (f"the {threads} threads had {share:.0%} of the time of {threads} cores. Where other "
+            "programs run, one thread can be faster: OMP_NUM_THREADS=1 in the environment.")
+
+
 def connect(device, dtype):
     """Joins the processes of torchrun -> the dtype of the first one, since CPUs may differ."""
     if device.type == "cuda":

@@ -144,6 +144,16 @@ def test_on_mps_there_is_the_plain_attention_alone(monkeypatch):
     assert [copy["non_blocking"] for copy in asked.copies] == [False] * 3 + [True] * 3
 
 
+def test_threads_without_a_core_each_are_told():
+    for threads in (2, 8):
+        assert machine.crowded(10, 9.9 * threads, threads) == ""
+        line = machine.crowded(10, 6.6 * threads, threads)
+        assert f"{threads} threads had 66%" in line
+        assert "OMP_NUM_THREADS=1" in line
+    # One thread waits for none, so there is nothing to advise.
+    assert machine.crowded(10, 3.3, 1) == ""
+
+
 def test_to_compile_without_a_compiler_is_one_line(tmp_path, card):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     check_compiler(cuda), check_compiler(cpu)
