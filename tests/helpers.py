@@ -1,4 +1,5 @@
 """What the tests share: a tiny model and chat, random dialogues, files of chats, a naive f."""
+import functools
 import json
 import os
 import random
@@ -6,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -134,6 +136,28 @@ def random_chats(n, most):
             messages += json.loads(line_of_chat(number, words))["messages"]
         lines.append(json.dumps({"messages": messages}))
     return lines
+
+
+LINE = "# ==== below this line"  # above it stands the lesson
+
+
+@functools.cache
+def source(name):
+    """The text of one of the lessons."""
+    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
+
+
+def load(name, text, **others):
+    """A module of a text, which finds the others where it imports mask and model."""
+    module = types.ModuleType(f"edited_{name}")
+    module.__file__ = str(ROOT / f"{name}.py")
+    before = {other: sys.modules.get(other) for other in others}
+    sys.modules |= {module.__name__: module, **others}
+    try:
+        exec(compile(text, module.__file__, "exec"), module.__dict__)
+    finally:
+        sys.modules |= {other: known for other, known in before.items() if known}
+    return module
 
 
 VARIANTS = {

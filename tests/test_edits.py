@@ -1,20 +1,17 @@
 """What a reader changes above the lines is what runs: when it trains, is tested, reads, writes."""
 
 import functools
-import itertools
 import sys
-import types
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import TINY
+from helpers import LINE, TINY, load, source
 
 import train
 from data.tokenizer import Tokenizer
 from mask import ism
 
-LINE = "# ==== below this line"
 # A name for the edit: (what stands in model.py, what a reader writes instead).
 MODEL = {
     "no mask": ("masked_fill(hidden, -torch.inf)", "masked_fill(hidden, 0)"),
@@ -24,7 +21,6 @@ MODEL = {
         "return lambda q, k, v: attention(q, k, v, bias + (0.1 * torch.arange(S)).to(device))"),
     "a sink": ("weights = scores.softmax(-1)",
         "weights = F.pad(scores, (1, 0)).softmax(-1)[..., 1:]"),
-    "all see all": ("hidden = ~dense(f, S)", "hidden = torch.zeros(*f.shape, S).bool()"),
     "a window of 16": ("hidden = ~dense(f, S)",
         "hidden = ~dense(f, S) | dense(torch.arange(S - f.shape[1], S)[None] - 15, S)"),
     "a window of 200": ("hidden = ~dense(f, S)",
@@ -56,7 +52,6 @@ MODEL = {
         "swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)"),
     "other angles": ("/ D)  # (D / 2,)", "/ D) / 2"),
     "squared ReLU": ("F.silu(gate) * up", "gate.relu().square() + 0 * up"),
-    "GELU": ("F.silu(gate)", "F.gelu(gate)"),
     "two experts": ("return self.down(F.silu(gate) * up)",
         "share = x.mean(-1, keepdim=True).sigmoid()\n"
         "        return share * self.down(F.silu(gate) * up) + (1 - share) * self.down(gate)"),
@@ -64,10 +59,8 @@ MODEL = {
         "x = take(x, at) + self.attention(x, attend"),
     "a parallel block": ("return x + self.mlp(self.norm2(x))",
         "return x + self.mlp(self.norm1(x))"),
-    "a scaled residual": ("return x + self.mlp(", "return 0.5 * x + self.mlp("),
     "learned positions": ("x = self.embed(tokens)  # (B, n, C)",
         "x = self.embed(tokens) + self.embed.weight[places % 40]"),
-    "a scaled embedding": ("x = self.embed(tokens)", "x = 3 * self.embed(tokens)"),
     "a capped head": ("logits = self.layers(tokens, attend, places, end, cache, at)",
         "logits = 5 * torch.tanh(self.layers(tokens, attend, places, end, cache, at) / 5)"),
     "an untied head": ("if config.tie_embeddings:", "if False:"),
@@ -100,24 +93,6 @@ OWN_MASKS = {
 DENSE = {"dense sees one less": ("< f[:, :, None]", "< (f[:, :, None] - 1).clamp(min=1)")}
 
 
-def load(name, text, **others):
-    """A module of a text, which finds the others where it imports mask and model."""
-    module = types.ModuleType(f"edited_{name}")
-    module.__file__ = str(ROOT / f"{name}.py")
-    before = {other: sys.modules.get(other) for other in others}
-    sys.modules |= {module.__name__: module, **others}
-    try:
-        exec(compile(text, module.__file__, "exec"), module.__dict__)
-    finally:
-        sys.modules |= {other: known for other, known in before.items() if known}
-    return module
-
-
-@functools.cache
-def source(name):
-    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
-
-
 def edited(name, old, new):
     text = source(name)
     above = text.split(LINE)[0]
@@ -125,7 +100,7 @@ def edited(name, old, new):
     return text.replace(old, new, 1)
 
 
-def gpt(module, weights=None):
+def gpt(module):
     torch.manual_seed(0)
     model = module.GPT(module.GPTConfig(
         40, 320, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48, qk_norm=True,
@@ -135,14 +110,19 @@ def gpt(module, weights=None):
     return model
 
 
-def outcomes(model, tokens, f, kind):
+def dialogue(T):
+    """Tokens (1, T) and f."""
+    return torch.arange(T)[None] * 7 % 40, ism(torch.arange(T)[None] // 9 + 1)
+
+
+def outcomes(model, T, kind):
     """What a model gives in training, with gradients, and in evaluation; a list of tensors."""
     found = []
     for mode in (True, False):
         model.train(mode).zero_grad()
         torch.manual_seed(1)  # of the dropout
         with torch.set_grad_enabled(mode), torch.autocast("cpu", kind, kind != torch.float32):
-            logits = model(tokens, f).float()
+            logits = model(*dialogue(T)).float()
         found.append(logits.detach())
         if mode:
             logits.square().mean().backward()
@@ -151,13 +131,14 @@ def outcomes(model, tokens, f, kind):
 
 
 @torch.inference_mode()
-def chatted(model, tokens):
+def chatted(model):
     """The logits of a query that is read at once, and of tokens that are read one by one."""
+    tokens, _ = dialogue(60)
     cache = sys.modules[type(model).__module__].Cache(model.config)
     one = model.reader and model.reader(model, cache)
     torch.manual_seed(2)
     found = [model(tokens[:, :20], torch.full((1, 20), 20), cache)[0, -1]]
-    for token in tokens[0, 20:60].tolist():
+    for token in tokens[0, 20:].tolist():
         logits = one(token) if one else model(torch.tensor([[token]]), None, cache)[0, 0]
         found.append(logits.clone())
     return found
@@ -169,63 +150,54 @@ def alike(found, wanted, digits):
 
 
 @functools.cache
-def unchanged():
+def logits_without_an_edit():
     lesson = load("model", source("model").split(LINE)[0])
-    tokens = torch.arange(60)[None] * 7 % 40
-    model = gpt(lesson)
-    f = ism(torch.arange(60)[None] // 9 + 1)
-    return outcomes(model, tokens, f, torch.float32)[0], chatted(model.eval(), tokens)
+    return outcomes(gpt(lesson), 60, torch.float32)[:1]
 
 
 @pytest.mark.parametrize("name", MODEL | DENSE)
 def test_an_edit_of_the_model_is_what_runs(name):
     """The whole file, made faster, is the file that is cut at its line."""
-    own = {}
     if name in DENSE:
-        own = {"mask": load("mask", edited("mask", *DENSE[name]))}
-        text = source("model")
+        text, own = source("model"), {"mask": load("mask", edited("mask", *DENSE[name]))}
     else:
-        text = edited("model", *MODEL[name])
+        text, own = edited("model", *MODEL[name]), {}
     whole, lesson = load("model", text, **own), load("model", text.split(LINE)[0], **own)
-    said, plain, ours = [], gpt(lesson), gpt(whole)
-    whole.faster(ours.train(), torch.bfloat16, said.append)
-    for T, (kind, digits) in itertools.product(
-            (60, 300), ((torch.float32, 1e-3), (torch.bfloat16, 0.1))):
-        tokens = torch.arange(T)[None] * 7 % 40
-        f = ism(torch.arange(T)[None] // 9 + 1)
-        wanted = outcomes(plain, tokens, f, kind)
-        assert alike(outcomes(ours, tokens, f, kind), wanted, digits), (T, kind)
-        if T == 60 and kind == torch.float32:
-            # The edit is one: it changes training.
-            moved = name != "a window of 200" and not alike(wanted[:1], unchanged()[:1], 1e-3)
-    ours = whole.faster(gpt(whole).eval(), tell=said.append)
-    wanted = chatted(plain.eval(), torch.arange(60)[None] * 7 % 40)
-    assert alike(chatted(ours, torch.arange(60)[None] * 7 % 40), wanted, 1e-3)
+    told, plain = [], gpt(lesson)
+    trained = whole.faster(gpt(whole).train(), torch.bfloat16, told.append)
+    for T in (60, 300):
+        for kind, digits in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+            wanted = outcomes(plain, T, kind)
+            assert alike(outcomes(trained, T, kind), wanted, digits), (T, kind)
+    chatting = whole.faster(gpt(whole).eval(), tell=told.append)
+    assert alike(chatted(chatting), chatted(plain.eval()), 1e-3)
+    assert len(told) <= 3 and all("model.py" in line for line in told)
+    # The edit is one: it changes what is computed, but for a window longer than the dialogue.
+    moved = not alike(outcomes(plain, 60, torch.float32)[:1], logits_without_an_edit(), 1e-3)
     assert moved or name in ("a window of 200", "an untied head")
-    assert len(said) <= 3 and all("model.py" in line for line in said)
 
 
-def test_without_an_edit_all_is_faster_and_nothing_said():
-    whole, said = load("model", source("model")), []
-    model = whole.faster(gpt(whole).eval(), torch.bfloat16, said.append)
-    assert said == [] and model.reader is whole.Steps
+def test_without_an_edit_all_is_faster_and_nothing_is_told():
+    whole, told = load("model", source("model")), []
+    model = whole.faster(gpt(whole).eval(), torch.bfloat16, told.append)
+    assert told == [] and model.reader is whole.Steps
     assert type(model.norm) is whole.FusedNorm and type(model.blocks[0].norm1) is whole.FusedNorm
+    assert type(model.blocks[0].attention.shift) is whole.FusedShift
     assert model.choose_attention is whole.fastest_attention
 
 
 def test_dropout_in_a_block_that_is_computed_again_is_the_same():
     whole = load("model", edited("model", *MODEL["dropout in a block"]))
-    given = torch.arange(60)[None] * 7 % 40, ism(torch.arange(60)[None] // 9 + 1), torch.float32
-    wanted, again = outcomes(gpt(whole), *given), gpt(whole)
+    wanted, again = outcomes(gpt(whole), 60, torch.float32), gpt(whole)
     whole.recompute_blocks(again)
-    assert alike(outcomes(again, *given), wanted, 1e-5)
+    assert alike(outcomes(again, 60, torch.float32), wanted, 1e-5)
 
 
 def test_a_layer_that_mixes_the_row_beside_the_cache_is_told():
-    whole, said = load("model", edited("model", "return self.down(", "return self.down(x.mean(1, "
-        "keepdim=True).sigmoid().mean() * ")), []
-    whole.faster(gpt(whole).eval(), tell=said.append)
-    assert "other logits with a cache than without" in said[0]
+    mixed = "return self.down(x.mean(1, keepdim=True).sigmoid().mean() * "
+    whole, told = load("model", edited("model", "return self.down(", mixed)), []
+    whole.faster(gpt(whole).eval(), tell=told.append)
+    assert "other logits with a cache than without" in told[0]
 
 
 @functools.cache
