@@ -34,7 +34,7 @@ from data.synthetic.words import (
     Random,
     Words,
     invented,
-    misspelled,
+    mistyped,
 )
 
 
@@ -122,11 +122,11 @@ FACTS = [(answer, told.split("|"), asked.split("|")) for answer, told, asked in 
 KINDS = "animal band book car city drink film game movie place singer song sport team word".split()
 NUMBERED = ["favorite number", "lucky number", "phone number", "house number", "code", "PIN"]
 NOT_TOLD = "You have not told me."
-NEVER_TOLD = """When is my birthday?|What is my last name?|How tall am I?
+NEVER_TOLD = talk.split_up("""When is my birthday?|What is my last name?|How tall am I?
 What is my shoe size?|Which car do I drive?|Where was my father born?|What did I eat yesterday?
 How many children do I have?|Which school did I go to?|What is my address?|Am I married?
 What is my hobby?|What did I say yesterday?|How much do I weigh?|What am I thinking?
-What is my email?|Do I have a brother?""".replace("\n", "|").split("|")
+What is my email?|Do I have a brother?""")
 
 
 def values(rng, words):
@@ -149,7 +149,7 @@ def values(rng, words):
                 days=rng.randint(2, 60))
 
 
-def tell(rng, facts, blanks, first):
+def tell_facts(rng, facts, blanks, first):
     """A turn in which the user tells facts: (query, answer)."""
     parts = [rng.choice(told).format(**blanks) for _, told, _ in facts]
     if facts[:2] == FACTS[:2] and rng.random() < 0.8:
@@ -207,7 +207,7 @@ def recollection(rng, words):
             yield rng.choice(questions).format(**blanks), NOT_TOLD
         elif not told or (kind < 0.2 and untold):
             n = min(len(untold), rng.choice((1, 2) if told else (1, 1, 2, 3)))
-            yield tell(rng, untold[:n], blanks, first=not told)
+            yield tell_facts(rng, untold[:n], blanks, first=not told)
             just_told = simple(untold[:n]) if n == 1 else []
             told, untold = told + untold[:n], untold[n:]
         elif kind < (0.4 if correctable else 0.25) and simple(told):
@@ -521,7 +521,7 @@ def follow_up(rng, words):
 
 # --- reasoning ----------------------------------------------------------------------------------
 
-def definitions(rng, words):
+def definitions(rng):
     """Shuffled definitions that take one to three additions to resolve, the question last."""
     letters = rng.sample(LETTERS, rng.randint(1, 3) + 1)
     value = rng.randint(1, 9)
@@ -534,7 +534,7 @@ def definitions(rng, words):
     return f"{' '.join(told)} What is {letters[-1]}?", f"{letters[-1]} is {value}."
 
 
-def missing(rng, words):
+def missing(rng):
     items = rng.sample(rng.choice((FOODS, PETS, COLORS)), rng.randint(3, 5))
     gone = rng.choice(items)
     rest = rng.sample([item for item in items if item != gone], len(items) - 1)
@@ -549,7 +549,7 @@ def reasoning_kind(query):
 
 def reasoning(rng, words):
     for _ in range(rng.randint(2, 5)):
-        yield rng.choice((definitions, missing))(rng, words)
+        yield rng.choice((definitions, missing))(rng)
 
 
 # --- induction ----------------------------------------------------------------------------------
@@ -559,8 +559,7 @@ def number_rule(rng):
     return rng.choice((lambda x: x + k, lambda x: x - k, lambda x: 2 * x))
 
 
-WORD_RULES = [lambda x, y: [y, x], lambda x, y: [x], lambda x, y: [y], lambda x, y: [x, x],
-              lambda x, y: [x, y, x]]
+WORD_RULES = "{y} {x}", "{x}", "{y}", "{x} {x}", "{x} {y} {x}"
 
 
 def induction(rng, words):
@@ -572,7 +571,7 @@ def induction(rng, words):
         else:
             rule, pool = rng.choice(WORD_RULES), rng.choice((FOODS, PETS, COLORS))
             cases = [rng.sample(pool, 2) for _ in range(n)]
-            pairs = [(" ".join(case), " ".join(rule(*case))) for case in cases]
+            pairs = [(f"{x} {y}", rule.format(x=x, y=y)) for x, y in cases]
         *shown, (case, result) = pairs
         examples = " ".join(f"{x} gives {y}." for x, y in shown)
         yield f"{examples} What does {case} give?", f"{case} gives {result}."
@@ -608,23 +607,17 @@ SYSTEM = ["You are a helpful assistant.", "Answer in short sentences.", "Be kind
           "You have a good memory."]
 
 
-def typed(rng, query, lower, errors, names):
-    """A query as people type it: without capitals and full stops, with an error in a word.
+def typed(query, lower, names):
+    """A query as people type it: without capitals and full stops.
 
-    One of the names at its start keeps its capital, unless all are small.
+    lower: "" changes nothing, "first" makes the first letter small, "all" makes all letters small.
+    One of the names at its start keeps its capital under "first".
     """
     if lower == "all":
         query = query.lower().replace("'s ", "s ").replace("'m ", "m ")
     if lower:
         first = query[0] if query.startswith(names) else query[0].lower()
         query = first + query[1:].rstrip(".?!")
-    if errors:
-        words = query.split(" ")
-        usual = [i for i, word in enumerate(words) if word in TYPED_WRONG]
-        if usual:
-            i = rng.choice(usual)
-            words[i] = misspelled(rng, words[i])
-        query = " ".join(words)
     return query
 
 
@@ -645,7 +638,10 @@ def one_family(rng, split, families):
             new = any(name in query and name not in said for name in names)
             way = "" if new else "all"
         said += query + answer
-        as_typed.append((typed(rng, query, way, errors, names), answer))
+        query = typed(query, way, names)
+        if errors:
+            query = mistyped(rng, query, lambda word: word in TYPED_WRONG)
+        as_typed.append((query, answer))
     return as_typed, family
 
 

@@ -4,16 +4,7 @@ What people say first, and what nobody taught the model: queries whose answers a
 TALK is small talk and questions about the model itself, each answer with the ways to ask for it.
 Questions about the rest of the world are made of templates and words. Their answer is UNKNOWN.
 """
-from data.synthetic.words import (
-    CITIES,
-    FOODS,
-    GENERAL,
-    LANGUAGES,
-    NAMES,
-    PETS,
-    invented,
-    misspelled,
-)
+from data.synthetic.words import CITIES, FOODS, GENERAL, LANGUAGES, NAMES, PETS, invented, mistyped
 
 UNKNOWN = "I was not taught that, but I can remember facts, do small sums and edit lists."
 
@@ -320,20 +311,12 @@ def pressed(rng):
     return "".join(rng.choice(keys) for _ in range(rng.randint(1, 20)))
 
 
-def mistyped(rng, text):
-    """A text with a typing error in one of its longer words."""
-    words = text.split(" ")
-    long = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
-    if long:
-        i = rng.choice(long)
-        words[i] = misspelled(rng, words[i])
-    return " ".join(words)
-
-
 def question(rng):
-    """A question or a request, in three of twenty with a typing error."""
+    """A question or a request, three of twenty with an error in one of the longer words."""
     query = filled(rng, rng.choice(QUESTIONS))
-    return mistyped(rng, query) if rng.random() < 0.15 else query
+    if rng.random() < 0.15:
+        query = mistyped(rng, query, lambda word: len(word) > 3 and word.isalpha())
+    return query
 
 
 def code(rng):

@@ -267,11 +267,20 @@ def accented(rng, word):
     return word[:i] + rng.choice(ACCENTS.get(word[i], word[i])) + word[i + 1 :]
 
 
-def misspelled(rng, word):
-    """A word with two letters swapped, one left out or one twice."""
-    i = rng.randint(1, len(word) - 2)
-    return rng.choice((word[:i] + word[i + 1] + word[i] + word[i + 2 :],
-                       word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:]))
+def mistyped(rng, text, fits):
+    """A text with an error in one of its words, if there is one for which fits(word) holds.
+
+    Two letters are swapped, one is left out, or one stands there twice.
+    """
+    words = text.split(" ")
+    places = [place for place, word in enumerate(words) if fits(word)]
+    if places:
+        place = rng.choice(places)
+        word = words[place]
+        i = rng.randint(1, len(word) - 2)
+        words[place] = rng.choice((word[:i] + word[i + 1] + word[i] + word[i + 2 :],
+                                   word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:]))
+    return " ".join(words)
 
 
 class Words:
