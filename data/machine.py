@@ -89,7 +89,8 @@ def printable(text):
 
 def one_line(error):
     """An error's text in one line for the terminal. The text may quote a hostile file."""
-    return printable(" ".join(str(error)[:1000].split()))
+    line = " ".join(str(error)[:1000].split())
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def for_the_user(error):
@@ -110,27 +111,24 @@ def out_of_memory(error):
     return any(word in str(error) for word in words)
 
 
+UNREAD = contextlib.suppress(OSError, AttributeError)  # a broken standard error, or none at all
+
+
 class Bar(tqdm):
     """A progress bar. When nobody reads it any more, it falls silent and the program goes on."""
 
     def display(self, *args, **options):
-        try:
-            return super().display(*args, **options)
-        except (OSError, AttributeError):  # a broken standard error, or none at all
-            self.disable = True
+        with UNREAD:
+            super().display(*args, **options)
 
     def tell(self, line):
         """Print a line above the bar."""
-        try:
+        with UNREAD:
             self.write(line)
-        except (OSError, AttributeError):
-            self.disable = True
 
     def close(self):
-        try:
+        with UNREAD:
             super().close()
-        except OSError:
-            self.disable = True
 
 
 @contextlib.contextmanager
@@ -183,39 +181,35 @@ def until_stopped(items):
 
     A second signal interrupts at once.
     """
-    asked, before = [], {}
+    asked = []
 
-    def ask(number, _):
-        asked.append(number)
-        restore()
+    def ask():
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
 
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
-        # In another thread, as a notebook may start, Python allows no handlers.
-        if threading.current_thread() is threading.main_thread():
-            for number in ends():
-                before[number] = signal.signal(number, ask)
+    with on_interrupt(ask, ends()):
         for item in items:
             if asked:
                 return
             yield item
-    finally:
-        restore()
 
 
 @contextlib.contextmanager
-def on_interrupt(action):
-    """Within it, Ctrl-C calls the action, but not in a thread, where Python allows no handlers."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda *_: action()) if main else None
+def on_interrupt(action, signals=(signal.SIGINT,)):
+    """Within it, Ctrl-C, or any of these signals, calls the action.
+
+    In another thread, as a notebook may start, it does not, since Python allows no handlers there.
+    """
+    before = {}
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signals:
+                before[number] = signal.signal(number, lambda *_: action())
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- devices ------------------------------------------------------------------------------------
@@ -316,9 +310,7 @@ def clock(device):
 
 def autocast(device, dtype):
     """Within it, products of matrices are computed in dtype."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def tune_cpu():
@@ -351,8 +343,6 @@ def crowded(seconds, cpu_seconds, threads):
 
 def connect(device, dtype):
     """Joins the processes of torchrun -> the dtype of the first one, since CPUs may differ."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     chosen = [dtype]
     dist.broadcast_object_list(chosen, device=device)
