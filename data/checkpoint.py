@@ -88,24 +88,21 @@ def hold(folder):
     ValueError if another process holds it. The lock ends with the process, however that ends.
     Windows has no such lock: there a second process in the folder goes unnoticed.
     """
-    another = f"another run is writing to {folder}; name another --out_dir"
     if folder.resolve() in HELD:  # left over from a failed run of this process
         HELD.pop(folder.resolve()).close()
-    file = open(folder / LOCK, "a")
-    locked = fcntl is not None
+    file = HELD[folder.resolve()] = open(folder / LOCK, "a")
+    if fcntl is None:
+        return
     try:
-        if locked:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(another) from None
+        raise ValueError(f"another run is writing to {folder}; name another --out_dir") from None
     except OSError:  # this disk has no locks, and another machine may be writing to it
-        locked = False
-    HELD[folder.resolve()] = file
-    if locked:
-        for name in WRITTEN:
-            for partial in folder.glob(f"{name}.????????.partial"):
-                if partial.is_file():
-                    partial.unlink()
+        return
+    for name in WRITTEN:
+        for partial in folder.glob(f"{name}.????????.partial"):
+            if partial.is_file():
+                partial.unlink()
 
 
 def let_go(folder):
@@ -148,13 +145,13 @@ def put_away(path):
         return None, ""
     before = path.resolve().with_name("ckpt.before.pt")
     steps, kept = steps_of(path), steps_of(before)
-    told = f"{path} has a model of {steps} steps, which becomes {before.name} when this run saves"
+    line = f"{path} has a model of {steps} steps, which"
     if kept > steps:
-        told = f"{path} has a model of {steps} steps, which this run replaces"
-        return None, f"{told}; {before.name} has one of {kept} steps and stays"
+        return None, f"{line} this run replaces; {before.name} has one of {kept} steps and stays"
+    line += f" becomes {before.name} when this run saves"
     if before.exists():
-        told += f", in place of one of {kept} steps; --out_dir names another folder"
-    return before, told
+        line += f", in place of one of {kept} steps; --out_dir names another folder"
+    return before, line
 
 
 def steps_of(path):
@@ -188,18 +185,11 @@ def load_checkpoint(path):
     GPTConfig()  # if the reader has broken it, this is his traceback, and the file is not blamed
     try:
         check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state.get("version")
-        if version == VERSION:
-            state = checked(state)
+        return checked(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file raises many types
         why = error if machine.for_the_user(error) else type(error).__name__
-        what = f"is not a checkpoint of train.py ({why})"
+        what = f"is not a checkpoint of this train.py ({why})"
         raise ValueError(f"{path} {what}; {instead}") from None
-    if version != VERSION:
-        what = f"is a checkpoint of version {version}; this code reads version {VERSION}"
-        raise ValueError(f"{path} {what}. Use the code that wrote it, or train again")
-    return state
 
 
 def load_model(path):
@@ -207,8 +197,7 @@ def load_model(path):
     path = pathlib.Path(path)
     state = load_checkpoint(path)
     config = GPTConfig(**state["config"])
-    with torch.device("meta"):  # shapes without memory
-        other = other_weights(state["model"], GPT(config))
+    other = other_weights(state["model"], meta_model(config))
     if other:
         other = f"holds other weights than the GPT of model.py: {other}"
         if (path.parent / "model.safetensors").exists():
@@ -218,6 +207,12 @@ def load_model(path):
     model = GPT(config)
     model.load_state_dict(state["model"])
     return model, state
+
+
+def meta_model(config):
+    """A GPT that has shapes and no memory. To make it takes no random numbers."""
+    with torch.device("meta"):
+        return GPT(config)
 
 
 def hint(path):
@@ -245,7 +240,9 @@ def check_archive(path):
 
 
 def checked(state):
-    """The parts of a checkpoint of this version. Raises any exception if one of them is wrong."""
+    """The parts of a checkpoint. Raises any exception if one of them is wrong."""
+    if state.get("version") != VERSION:
+        raise ValueError(f"version {state.get('version')}; this code reads version {VERSION}")
     tensors = state["model"]
     check_config(state["config"], len(tensors))
     if not all(isinstance(name, str) and x.is_contiguous() for name, x in tensors.items()):
@@ -265,12 +262,12 @@ def checked(state):
 def other_weights(tensors, model):
     """How tensors differ in names and shapes from a model's weights; "" if they do not."""
     wanted = model.state_dict()
-    told = [f"{name} is missing" for name in wanted if name not in tensors]
-    told += [f"{name} is not one of them" for name in tensors if name not in wanted]
-    told += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(x.shape)}"
-             for name, x in wanted.items() if name in tensors and tensors[name].shape != x.shape]
-    more = f"; {len(told) - 3} more differ" if len(told) > 3 else ""
-    return "; ".join(sorted(told)[:3]) + more
+    differ = [f"{name} is missing" for name in wanted if name not in tensors]
+    differ += [f"{name} is not one of them" for name in tensors if name not in wanted]
+    differ += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(x.shape)}"
+               for name, x in wanted.items() if name in tensors and tensors[name].shape != x.shape]
+    more = f"; {len(differ) - 3} more differ" if len(differ) > 3 else ""
+    return "; ".join(sorted(differ)[:3]) + more
 
 
 def check_config(options, n_tensors):

@@ -15,9 +15,9 @@ import shutil
 
 import torch
 
-from data.checkpoint import whole_file, write_json
+from data.checkpoint import meta_model, whole_file, write_json
 from data.hf.config import MASK_KEY, read_config, read_json
-from model import GPT, rope_tables
+from model import rope_tables
 
 # Ours to theirs. Those in one list are stacked along their rows.
 TENSORS = {
@@ -153,12 +153,6 @@ def their_parts(name, shape, config):
         D = config.head_size
         rows = [config.n_head * D, config.n_kv_head * D, config.n_kv_head * D]
     return {part: (n, *shape[1:]) for part, n in zip(parts, rows)}
-
-
-def meta_model(config):
-    """A GPT that has shapes and no memory. To make it takes no random numbers."""
-    with torch.device("meta"):
-        return GPT(config)
 
 
 def checkpoint_parts(model):
