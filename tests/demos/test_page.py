@@ -334,6 +334,20 @@ def test_the_command_writes_one_file_that_needs_no_network(tmp_path):
     assert "{{DATA}}" not in text and not re.search(network, text)
 
 
+@pytest.mark.skipif(not BROWSER, reason="no chromium here (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("flags", [(), ("--mask", "ism_sink"), ("--ckpt", str(SMALL_MODEL))])
+def test_the_page_of_the_command_opens(tmp_path, flags):
+    """Its own check of itself comes to an end: it shows some of MASKS, mostly not all."""
+    assert run("demos/page.py", "--out", str(tmp_path / "page.html"), *flags).returncode == 0
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=20000", "--dump-dom",
+        (tmp_path / "page.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert re.search(r'id="checked"[^>]*>Checked when it opened', done.stdout), done.stderr[-500:]
+
+
 @pytest.mark.parametrize("block_size", [64, 16])
 def test_a_model_of_a_short_context(block_size, tmp_path, last_words, monkeypatch, capsys):
     state = load_checkpoint(SMALL_MODEL)
