@@ -6,13 +6,13 @@ Dialogues on disk and in batches.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import secrets
 import shutil
 import time
-from array import array
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from data.machine import Bar
 from data.synthetic import FAMILIES, deal
 from mask import answer_ends, one_pass
 
-SPLITS = "train", "val", "test", "new_words"
-SIZES = {"val": 1000, "test": 2000, "new_words": 1000}  # dialogues of the held-out splits, at most
+HELD_OUT = {"val": 1000, "test": 2000, "new_words": 1000}  # dialogues of these splits, at most
 FEW = 100  # of fewer chats all are trained on, since 5 % of them, held out, would show nothing
 HERE = pathlib.Path(__file__).parent
 CACHE = HERE / "cache"
@@ -42,8 +41,8 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     if data and os.path.exists(data) and not os.path.isfile(data):
         raise ValueError(f"--data {data} is no file that can be read twice, as a pipe or a folder "
                          "is not; write the chats to a file")
-    encoder = tokenizer.identity, tokenizer.default_system, tokenizer.encode_dialogue(PROBE)
-    made_from = encoder, block_size, bool(data), n_dialogues, seed, families, skip_bad
+    tokens = tokenizer.identity, tokenizer.default_system, tokenizer.encode_dialogue(PROBE)
+    made_from = tokens, block_size, bool(data), n_dialogues, seed, families, skip_bad
     key = hashlib.sha256(repr(made_from).encode())
     # Each edit of code in data/ makes the data anew.
     for path in [*sorted(HERE.rglob("*.py")), *([data] if data else [])]:
@@ -54,15 +53,15 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     cache = writable_cache()
     if is_whole(cache / name):
         return cache / name
-    encode = Encoder(tokenizer, block_size)
+    encoder = Encoder(tokenizer, block_size)
     # The folder gets its name when it is whole, so that a broken run leaves none.
     partial = cache / f"{name}.{secrets.token_hex(4)}{PARTIAL}"
     try:
         partial.mkdir()
         if data:
-            splits = own_splits(data, encode, skip_bad)
+            splits = own_splits(data, encoder, skip_bad)
         else:
-            splits = synthetic_splits(encode, n_dialogues, seed, families)
+            splits = synthetic_splits(encoder, n_dialogues, seed, families)
         for split, rows in splits.items():
             write_split(partial, split, rows)
         (partial / "splits.json").write_text(json.dumps([*splits]), encoding="utf-8")
@@ -76,7 +75,7 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if data:
-        encode.tell()
+        encoder.print_counts()
     return cache / name
 
 
@@ -114,57 +113,50 @@ def is_whole(folder):
 
 
 class Encoder:
-    """Messages -> (tokens, segments), cut to block_size; None if no answer fits.
-
-    It counts the dialogues that it cuts and those that it drops, and `tell` prints the counts.
-    """
+    """Dialogues -> tokens. It counts the dialogues that it cuts to block_size or drops."""
 
     def __init__(self, tokenizer, block_size):
         self.tokenizer, self.block_size = tokenizer, block_size
         self.cut = self.dropped = 0
 
-    def __call__(self, messages):
-        tokens, segments = self.tokenizer.encode_dialogue(messages)
-        ends = [end for end in answer_ends(segments) if end <= self.block_size]
-        if not ends:
-            self.dropped += 1
-            return None
-        if len(tokens) > self.block_size:
-            self.cut += 1
-            tokens, segments = tokens[: ends[-1]], segments[: ends[-1]]
-        return tokens, segments
-
     def rows(self, dialogues):
         """Yields (tokens, segments, family) of each dialogue in which an answer fits."""
         for dialogue in dialogues:
-            row = self(dialogue["messages"])
-            if row is not None:
-                yield *row, dialogue["family"]
+            tokens, segments = self.tokenizer.encode_dialogue(dialogue["messages"])
+            ends = [end for end in answer_ends(segments) if end <= self.block_size]
+            if not ends:
+                self.dropped += 1
+                continue
+            if len(tokens) > self.block_size:
+                self.cut += 1
+                tokens, segments = tokens[: ends[-1]], segments[: ends[-1]]
+            yield tokens, segments, dialogue["family"]
 
-    def tell(self):
+    def print_counts(self):
         if self.cut or self.dropped:
             print(f"{self.cut} dialogues were cut to {self.block_size} tokens at the end of an "
                   f"answer, {self.dropped} had no answer that fits and were left out")
 
 
-def synthetic_splits(encode, n_dialogues, seed, families):
+def synthetic_splits(encoder, n_dialogues, seed, families):
     """{split: rows}, a row is (tokens, segments, family). ValueError if a split has no row."""
-    sizes = {split: min(SIZES.get(split, n_dialogues), n_dialogues) for split in SPLITS}
-    found = deal(sizes, seed, families, mixed=True)
-    rows = {split: [] for split in SPLITS}
+    sizes = {"train": n_dialogues}
+    sizes |= {split: min(most, n_dialogues) for split, most in HELD_OUT.items()}
+    dealt = deal(sizes, seed, families, mixed=True)
+    rows = {split: [] for split in sizes}
     total = sum(sizes.values())
-    for split, dialogue in Bar(found, "prepare", total, unit=" dialogues", leave=False):
-        rows[split] += encode.rows([dialogue])
+    for split, dialogue in Bar(dealt, "prepare", total, unit=" dialogues", leave=False):
+        rows[split] += encoder.rows([dialogue])
     for split in ("train", "val", "test"):
         if not rows[split]:
             raise ValueError(f"none of {sizes[split]} dialogues for '{split}' has an answer that "
-                             f"fits into {encode.block_size} tokens; raise --block_size or "
+                             f"fits into {encoder.block_size} tokens; raise --block_size or "
                              "--n_dialogues")
     return rows
 
 
-def own_splits(data, encode, skip_bad):
-    """{split: rows} of a file of chats. ValueError if none fits into the context.
+def own_splits(data, encoder, skip_bad):
+    """{split: rows} of a file of chats. ValueError if no answer fits into the context.
 
     Of FEW chats and more, "val" and "test" get 5 % each.
     """
@@ -174,10 +166,10 @@ def own_splits(data, encode, skip_bad):
         raise ValueError(f"{data} holds no dialogue; expected one a line, in JSON")
     chats = [{"messages": messages, "family": "chats"} for messages in different.values()]
     chats.sort(key=lambda chat: hashlib.sha256(json.dumps(chat).encode()).digest())
-    rows = list(encode.rows(Bar(chats, "prepare", unit=" dialogues", leave=False)))
+    rows = list(encoder.rows(Bar(chats, "prepare", unit=" dialogues", leave=False)))
     if not rows:
         raise ValueError(f"{data} has no dialogue with an answer that fits into "
-                         f"{encode.block_size} tokens")
+                         f"{encoder.block_size} tokens")
     if len(rows) < FEW:
         return {"train": rows}
     n = min(1000, len(rows) // 20)
@@ -186,21 +178,15 @@ def own_splits(data, encode, skip_bad):
 
 def write_split(folder, name, rows):
     """Writes rows (tokens, segments, family) as flat arrays."""
-    tokens, segments, offsets = array("I"), array("H"), [0]
-    for row_tokens, row_segments, _ in rows:
-        tokens.extend(row_tokens)
-        segments.extend(row_segments)
-        offsets.append(len(tokens))
     families = sorted({family for _, _, family in rows})
-    places = {family: i for i, family in enumerate(families)}
-    arrays = {
-        "tokens": np.array(tokens, dtype=np.uint32),
-        "segments": np.array(segments, dtype=np.uint16),
-        "offsets": np.array(offsets, dtype=np.int64),
-        "families": np.array([places[family] for _, _, family in rows], dtype=np.uint8),
+    parts = {
+        "tokens": (np.uint32, (token for tokens, _, _ in rows for token in tokens)),
+        "segments": (np.uint16, (segment for _, segments, _ in rows for segment in segments)),
+        "offsets": (np.int64, itertools.accumulate((len(row[0]) for row in rows), initial=0)),
+        "families": (np.uint8, (families.index(family) for _, _, family in rows)),
     }
-    for part, x in arrays.items():
-        np.save(folder / f"{name}.{part}.npy", x)
+    for part, (dtype, numbers) in parts.items():
+        np.save(folder / f"{name}.{part}.npy", np.fromiter(numbers, dtype))
     (folder / f"{name}.json").write_text(json.dumps(families), encoding="utf-8")
 
 

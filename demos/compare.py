@@ -217,23 +217,19 @@ def said_twice(messages):
 
 def splits(c, seed, folder):
     """{"train": all kinds together, "val": {kind: Split}, "test": {kind: Split}}."""
-    encode = Encoder(hf.load_tokenizer(c.init_from), c.block_size)
+    encoder = Encoder(hf.load_tokenizer(c.init_from), c.block_size)
 
     def split(name, dialogues):
-        rows = []
-        for dialogue in dialogues:
-            messages = dialogue["messages"]
-            row = encode(said_twice(messages) if c.twice else messages)
-            if row is not None:
-                rows.append((*row, dialogue["family"]))
-        write_split(folder, name, rows)
+        if c.twice:
+            dialogues = ({**d, "messages": said_twice(d["messages"])} for d in dialogues)
+        write_split(folder, name, list(encoder.rows(dialogues)))
         return Split(folder, name)
 
     found = {"train": split("train", itertools.chain(*sources(c, "train", c.n, seed).values()))}
     for name, n in (("val", c.n // 40), ("test", c.n // 10)):
         kinds = sources(c, name, n, seed)
         found[name] = {kind: split(f"{name} {kind}", said) for kind, said in kinds.items()}
-    encode.tell()
+    encoder.print_counts()
     return found
 
 
