@@ -189,13 +189,17 @@ if __name__ == "__main__":
     ]
     labels = " ".join(turns).split()
     segments = torch.tensor([[i + 1 for i, turn in enumerate(turns) for _ in turn.split()]])
-    drawn = []
-    for mask in MASKS.values():
-        f = mask(segments)
-        check(f, segments.shape)
-        drawn.append(draw(f[0], labels))
     margin = max(map(len, labels)) + 1
-    print(" " * margin + "   ".join(f"{name:{len(labels)}}" for name in MASKS))
-    for first, *others in zip(*drawn):
-        print("   ".join([first, *(line[margin:] for line in others)]))
-    print("A row is a token and what it sees: '#' its past and itself, '+' its future, '.' hidden.")
+    names = list(MASKS)
+    for start in range(0, len(names), 3):  # three stand beside one another in 80 columns
+        shown, drawn = names[start : start + 3], []
+        for name in shown:
+            f = MASKS[name](segments)
+            check(f, segments.shape)
+            drawn.append(draw(f[0], labels))
+        title = "   ".join(f"{name:{len(labels)}}" for name in shown)
+        print((" " * margin + title).rstrip())
+        for first, *others in zip(*drawn):
+            print("   ".join([first, *(line[margin:] for line in others)]))
+        print()
+    print("A row is a token: '#' its past and itself, '+' the future it sees, '.' hidden.")

@@ -260,7 +260,7 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     block_size: the context of a folder in tokens; 0 is its own, but at most 4,096, since the cache
     is allocated at once. dtype: of the weights, one of DTYPES. ValueError if it cannot be loaded.
     """
-    device, path = machine.pick_device(device), pathlib.Path(path)
+    device, path, told = machine.pick_device(device), pathlib.Path(path), []
     if (path / "ckpt.pt").exists() and not (path / "config.json").exists():
         path /= "ckpt.pt"  # the folder of a run of train.py
     if dtype in PACKED and dtype != "bfloat16" and device.type != "cpu":
@@ -274,7 +274,7 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         read_as = torch.float32 if dtype == "float32" else torch.bfloat16
         model, trained_under = hf.from_pretrained(path, block_size, read_as), hf.read_mask(path)
     else:
-        model, tokenizer, trained_under = load_trained(path)
+        model, tokenizer, trained_under = load_trained(path, told.append)
     for name, weight in model.named_parameters():
         if not weight.sum().isfinite():
             raise ValueError(f"{path}: {name} holds NaN or infinite numbers, so the model can say "
@@ -285,7 +285,6 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     # The model was trained with the system prompt that its template has for whoever gives none.
     if settings.get("system") is None:
         settings["system"] = tokenizer.default_system
-    told = []
     model = faster(stored(model, device, dtype).eval(), tell=told.append)
     chat = Chat(model, tokenizer, MASKS[mask], **settings)
     if tokenizer.note:
@@ -313,10 +312,16 @@ def stored(model, device, dtype):
     return pack(model, dtype, machine.pick_dtype("auto", device))
 
 
-def load_trained(path):
-    """(model, tokenizer, name of the mask) of a checkpoint of train.py. ValueError if damaged."""
+def load_trained(path, tell):
+    """(model, tokenizer, name of the mask) of a checkpoint of train.py. ValueError if damaged.
+
+    tell: called with a line if the run has not come to its end.
+    """
     model, state = load_model(path)
     settings = state["settings"]
+    steps = settings.get("max_iters")
+    if isinstance(steps, int) and state["step"] < steps:
+        tell(f"trained for {state['step']:,} of {steps:,} steps so far")
     if settings["init_from"]:
         tokenizer = hf.load_tokenizer(path.parent)
     else:

@@ -431,8 +431,12 @@ def announce(run):
             print(f"{few}, and the report is on the same ones")
     return machine.Bar(
         total=run.s.max_iters, initial=run.step, desc="train", unit="step", mininterval=0.5,
-        disable=RANK > 0,
+        disable=RANK > 0, bar_format=BAR,
     )
+
+
+# Without the steps a second, so that in 80 columns there is room for the bar itself.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 def tell(run, loss):
@@ -448,10 +452,10 @@ def tell(run, loss):
         machine.add_up([loss])
     checkpoint.check_finite(loss, run.step)
     speed = run.seen / (time.time() - run.since)
-    told = f"loss {loss.item():.3f}, {speed:,.0f} tokens/s"
+    news = f"{speed:,.0f} tokens/s"
     if run.right is not None:
-        told += f", {reported_on(run.splits)} right {run.right:.1%}"
-    run.bar.set_postfix_str(told)
+        news = f"{reported_on(run.splits)} right {run.right:.1%}"
+    run.bar.set_postfix_str(f"loss {loss.item():.3f}, {news}")
     if RANK == 0 and run.device.type == "cpu":
         look_at_cores(run)
 

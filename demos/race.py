@@ -324,7 +324,7 @@ def say(text):
 
 
 def report(race, records):
-    """The table, one game in full, who won what, and why."""
+    """The table, one game in full, who won what, and why ISM and causal differ."""
     rows = []
     for record in records:
         curves = record["curves"].items()
@@ -336,7 +336,8 @@ def report(race, records):
     for kind in records[0]["curves"]:
         if kind in HARD:
             say(verdict(race, records, kind))
-    say(f"Why. {WHY[race.task]}")
+    if {"ism", "causal"} <= set(race.runners()):
+        say(f"Why. {WHY[race.task]}")
 
 
 def verdict(race, records, kind):

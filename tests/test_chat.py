@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample as sample_module
+from data.checkpoint import load_checkpoint, save_checkpoint
 from mask import MASKS
 from model import faster, sdpa
 from sample import go_on, sample
@@ -225,6 +226,16 @@ def test_damaged_weights_are_told_on_loading(tmp_path, last_words):
         torch.save({**state, "model": weights}, tmp_path / "ckpt.pt")
         said = last_words(sample_module, "--ckpt", str(tmp_path))
         assert f"{name} holds NaN or infinite numbers" in said
+
+
+def test_a_model_whose_training_goes_on_is_told(tmp_path):
+    state = load_checkpoint(sample_module.SMALL_MODEL)
+    steps = state["settings"]["max_iters"]
+    for step, lines in ((7, [f"[trained for 7 of {steps:,} steps so far]"]), (steps, [])):
+        save_checkpoint(tmp_path / "ckpt.pt", **{**state, "step": step})
+        told = []
+        sample_module.load_chat(tmp_path, "cpu", notify=told.append)
+        assert [line for line in told if "steps" in line] == lines
 
 
 def test_an_answer_that_is_cut_or_goes_in_circles_is_told(capsys):

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import naive, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -122,4 +123,7 @@ def test_draw():
 
 def test_mask_py_runs():
     done = run("mask.py")
-    assert done.returncode == 0 and "causal" in done.stdout and "#+" in done.stdout
+    drawing = (ROOT / "README.md").read_text(encoding="utf-8").split("```\n")[1]
+    assert done.returncode == 0 and done.stdout.startswith(drawing)
+    assert all(name in done.stdout for name in MASKS)
+    assert max(map(len, done.stdout.splitlines())) <= 80
