@@ -79,8 +79,9 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     return cache / name
 
 
-# A dialogue with each part of a layout. Its tokens are part of a cache's key.
-PROBE = [{"role": role, "content": "a"} for role in ("system", *("user", "assistant") * 2)]
+# A dialogue with each part of a layout, and spaces, which a tokenizer may take away. Its tokens are
+# part of a cache's key.
+PROBE = [{"role": role, "content": " a"} for role in ("system", *("user", "assistant") * 2)]
 PARTIAL = ".half-made"  # the end of a folder's name until it is whole
 
 

@@ -27,17 +27,15 @@ def summary(split, answers):
 
 def by_kind(split, answers, tokenizer):
     """{kind of reasoning: fraction right} of answers (N, 3), by what their query asks."""
-    kinds = []
-    for dialogue, segment, _ in answers:
-        kind = ""
-        if split.family_names[split.families[dialogue]] == "reasoning":
-            kind = reasoning_kind(segment_text(split, tokenizer, dialogue, segment - 1))
-        kinds.append(kind)
-    kinds = np.array(kinds)
-    return fractions(answers[:, 2], {kind: kinds == kind for kind in np.unique(kinds) if kind})
+    families = np.array(split.family_names)[np.asarray(split.families)[answers[:, 0]]]
+    answers = answers[families == "reasoning"]
+    kinds = np.array([reasoning_kind(segment_text(split, tokenizer, dialogue, segment - 1))
+                      for dialogue, segment, _ in answers])
+    return fractions(answers[:, 2], {kind: kinds == kind for kind in np.unique(kinds)})
 
 
 def fractions(right, groups):
+    """{name: how many of its answers are right}; groups: {name: which answers are its own}."""
     return {name: float(right[at].mean()) for name, at in groups.items() if at.any()}
 
 

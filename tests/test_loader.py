@@ -129,7 +129,10 @@ def test_prepare_is_done_once_and_again_when_settings_or_code_change(cache, monk
         with open(cache / "data" / name, "a", encoding="utf-8") as file:
             file.write("# edited")
         folders.add(prepare(TOKENIZER, 256, n_dialogues=20))
-    assert len(folders) == 5
+    trims = Tokenizer()
+    trims.trim = True
+    folders.add(prepare(trims, 256, n_dialogues=20))
+    assert len(folders) == 6
 
 
 def test_a_tokenizer_of_another_pattern_or_layout_is_another_one(monkeypatch):

@@ -140,26 +140,24 @@ def read_weights(folder):
     return tensors
 
 
-def their_parts(name, shape, config):
-    """Our tensor's name and shape -> {their tensor's name: its shape}; ours has them stacked."""
-    if not name.startswith("blocks."):
-        return {part: shape for part in TENSORS[name]}
-    _, i, inner = name.split(".", 2)
-    parts = [f"model.layers.{i}.{part}" for part in BLOCK_TENSORS[inner]]
-    rows = [shape[0]]
-    if len(parts) == 2:  # gate and up
-        rows = [config.n_hidden] * 2
-    elif len(parts) == 3:  # queries, keys and values
-        D = config.head_size
-        rows = [config.n_head * D, config.n_kv_head * D, config.n_kv_head * D]
-    return {part: (n, *shape[1:]) for part, n in zip(parts, rows)}
-
-
 def checkpoint_parts(model):
     """All tensors of a checkpoint of this GPT: {our name: {their name: its shape}}."""
-    tied = model.config.tie_embeddings
-    return {name: their_parts(name, tuple(p.shape), model.config)
-            for name, p in model.state_dict().items() if not (tied and name == "head.weight")}
+    c, parts = model.config, {}
+    for name, p in model.state_dict().items():
+        if name == "head.weight" and c.tie_embeddings:
+            continue
+        if name.startswith("blocks."):
+            _, i, inner = name.split(".", 2)
+            theirs = [f"model.layers.{i}.{part}" for part in BLOCK_TENSORS[inner]]
+        else:
+            theirs = TENSORS[name]
+        rows = [p.shape[0]]
+        if len(theirs) == 2:  # gate and up
+            rows = [c.n_hidden] * 2
+        elif len(theirs) == 3:  # queries, keys and values
+            rows = [c.n_head * c.head_size] + [c.n_kv_head * c.head_size] * 2
+        parts[name] = {part: (n, *p.shape[1:]) for part, n in zip(theirs, rows)}
+    return parts
 
 
 def from_pretrained(folder, block_size=0, dtype=torch.float32):
@@ -175,15 +173,11 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
     if config.n_layer > len(theirs):  # before so many layers are made
         raise ValueError(f"{folder}: config.json has {config.n_layer} layers, "
                          f"the weights are {len(theirs)} tensors")
+    # 1. What there must be, by config.json. A head that is tied may be there or not.
     model = meta_model(config)
-    # 1. What there must be, by config.json: ours: {theirs: shape}.
-    parts, expected = {}, {}
-    for name, p in model.state_dict().items():
-        source = name
-        if name == "head.weight" and config.tie_embeddings and "lm_head.weight" not in theirs:
-            source = "embed.weight"
-        parts[name] = their_parts(source, tuple(p.shape), config)
-        expected |= parts[name]
+    parts = checkpoint_parts(model)
+    expected = {name: shape for shapes in parts.values() for name, shape in shapes.items()}
+    head = theirs.pop("lm_head.weight", None) if config.tie_embeddings else None
     # 2. It is there, and nothing else.
     for name, shape in expected.items():
         if name not in theirs:
@@ -199,7 +193,9 @@ def from_pretrained(folder, block_size=0, dtype=torch.float32):
     # 3. Read it.
     state = {name: torch.cat([theirs[part].to(dtype) for part in names])
              for name, names in parts.items()}
-    if config.tie_embeddings and not torch.equal(state["head.weight"], state["embed.weight"]):
+    if config.tie_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    if head is not None and not torch.equal(head.to(dtype), state["embed.weight"]):
         raise ValueError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, "
                          "but config.json ties them")
     model.load_state_dict(state, assign=True)
