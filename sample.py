@@ -582,7 +582,7 @@ def talk(chat, prompts, path=TRAINED):
     edited = False
     if terminal:
         edited = edit_lines()
-        tell(f"This is {path}. Ask something; /help lists the commands.")
+        tell(f"This is {path}. Ask something; /help lists the commands, /quit leaves.")
     if hasattr(sys.stdin, "reconfigure"):
         # A file may begin with a byte order mark; a terminal may not be one of UTF-8.
         encoding = None if terminal else "utf-8-sig"

@@ -198,8 +198,9 @@ def exercise_1(a):
         "With w = 2 a query of six tokens and an answer of three look like this:",
         *draw(f[0], list("QQQQQQAAA")),
         f"A chat keeps {kept} of the query's 6 cache entries when the answer comes.",
-        "Put it into MASKS of mask.py with a w of your choice, and train.py and sample.py take it",
-        "with --mask.",
+        "Put it into mask.py, and into MASKS with a w of your choice, which takes a function of",
+        "segments alone: \"ahead\": lambda segments: lookahead(segments, 2). Then train.py and",
+        "sample.py take it with --mask ahead.",
     ])
 
 
