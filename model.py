@@ -935,6 +935,9 @@ def same_layer(layer, fast, dtype, random):
     x = torch.randn(2, 16, width, generator=random) * sizes  # (2, 16, width)
     for kind in {torch.float32, dtype}:
         one, two = copy.deepcopy(layer).cpu().float(), copy.deepcopy(layer).cpu().float()
+        # Beside LoRA the weights are frozen; here both have gradients.
+        one.requires_grad_(True)
+        two.requires_grad_(True)
         # What an __init__ has set to 0 or 1 may become any number.
         for p, q in zip(one.parameters(), two.parameters()):
             p.data = torch.randn(p.shape, generator=random)

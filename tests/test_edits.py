@@ -1,6 +1,7 @@
 """What a reader changes above the lines is what runs: when it trains, is tested, reads, writes."""
 
 import functools
+import random
 import sys
 
 import pytest
@@ -184,6 +185,20 @@ def test_without_an_edit_all_is_faster_and_nothing_is_told():
     assert type(model.norm) is whole.FusedNorm and type(model.blocks[0].norm1) is whole.FusedNorm
     assert type(model.blocks[0].attention.shift) is whole.FusedShift
     assert model.choose_attention is whole.fastest_attention
+
+
+def test_frozen_weights_are_no_edit():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        whole, told = load("model", source("model")), []
+        model = gpt(whole).train()
+        frozen = random.Random(seed).sample(list(model.parameters()), 8)
+        for p in [*frozen, *(model.parameters() if seed == 0 else [])]:
+            p.requires_grad_(False)
+        before = [p.requires_grad for p in model.parameters()]
+        whole.faster(model, torch.bfloat16, told.append)
+        assert told == [] and type(model.blocks[0].norm1) is whole.FusedNorm
+        assert [p.requires_grad for p in model.parameters()] == before
 
 
 def test_dropout_in_a_block_that_is_computed_again_is_the_same():
