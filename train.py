@@ -445,7 +445,9 @@ def tell(run, loss):
     if RANK == 0 and run.out and not run.told and time.time() - run.since > FIRST_SAVE:
         run.told = True
         save(run)
-        run.bar.tell(f"chat with it so far, in another terminal: {chat_command(run.s)}")
+        # With LoRA the file holds other weights than a GPT's: it is for --resume alone.
+        if all(p.requires_grad for p in run.model.parameters()):
+            run.bar.tell(f"chat with it so far, in another terminal: {chat_command(run.s)}")
     if run.step % 20 > 0 and run.step < run.s.max_iters:
         return
     if WORLD > 1:

@@ -217,14 +217,19 @@ def test_train_from_a_folder(tmp_path, chats):
     {}, {"lora": False}, {"dtype": "bfloat16"},
     {"checkpointing": True, "grad_accum": 2, "anneal": 3},
 ])
-def test_finetune_writes_a_folder(tmp_path, chats, options):
+def test_finetune_writes_a_folder(tmp_path, chats, options, monkeypatch, capsys):
     """What is saved is what was trained, and it chats.
 
     The loss on the held-out chats is that of the folder, read again.
     """
     folder, out = make_folder(tmp_path / "folder"), tmp_path / "out"
     s = {**FAST, "data": chats, "init_from": str(folder), **options}
+    monkeypatch.setattr(train_module, "FIRST_SAVE", 0.0)
     metrics = finetune(Finetune(**s, out_dir=str(out)))
+    told = "".join(capsys.readouterr())
+    # What ckpt.pt holds of a model with LoRA cannot be chatted with.
+    assert ("chat with it so far" in told) == (not options.get("lora", True))
+    assert "model.py was changed" not in told
     dtype = getattr(torch, s["dtype"])
     before = from_pretrained(folder, dtype=dtype).state_dict()
     after = from_pretrained(out, dtype=dtype).state_dict()
