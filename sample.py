@@ -438,6 +438,8 @@ def command(chat, line):
         chat.reset()
     elif name == "/stats":
         show_stats(chat)
+    elif name == "/mask" and argument:
+        print("[/mask only draws; to chat under another mask start with --mask NAME]")
     elif name == "/mask":
         show_mask(chat)
     elif name == "/save":

@@ -279,3 +279,5 @@ def test_what_a_terminal_sends(monkeypatch, capsys):
     go_on(chat, chat.messages)
     sample_module.command(chat, "/mask")  # nothing is in the cache yet
     assert "<|assistant|> ####" in capsys.readouterr().out
+    sample_module.command(chat, "/mask ism")
+    assert capsys.readouterr().out.startswith("[/mask only draws")
