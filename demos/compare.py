@@ -390,7 +390,7 @@ def report(figures):
         rows = []
         for mask, runs in found.items():
             losses = np.array([run["curves"][kind] for run in runs])[:, :, 0].mean(0)
-            told = {str(step): f"{loss:.2f}" for step, loss in zip(steps, losses)}
+            told = {str(step): f"{loss:.3f}" for step, loss in zip(steps, losses)}
             rows.append({"mask": mask, **told})
         table(f"{kind}: loss after so many steps, {'mean of the seeds' if n > 1 else 'one seed'}",
               rows)
