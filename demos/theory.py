@@ -362,8 +362,8 @@ def spread(part, draws, layers, noise):
          f"{noise}; {layers} layers\n   with step {eta:.4f} against online descent block by block, "
          "where they stop against one sweep of Kaczmarz", rows,
          {"length": "in a query", "off_online": "layers, off by",
-          "off_sweep": "where they stop, off by", "error": "|w - w*|^2 there",
-          "standard_error": "standard error", "expected": "expected",
+          "off_sweep": "stop, off by", "error": "|w - w*|^2 there",
+          "standard_error": "std. error", "expected": "by formula",
           "best_depth": "best depth", "error_there": "|w - w*|^2 at it"})
     of = {row["length"]: row["error"] for row in rows}
     if noise:
@@ -490,6 +490,9 @@ def main():
     out = parser.parse_args().out
     with machine.errors_in_one_line("it takes 1 GB"):
         check_writable(out)
+        print("Examples are inputs x with labels y = x . w*. Layers move a guess w. |w - w*|^2 is")
+        print("its error: 1 if it knows nothing, 0 if it is w*. 'Off by' is how far the layers are")
+        print("from a formula that knows nothing of attention.")
         plot(measure(), out)
         print(f"\nThe picture: {out}")
 
