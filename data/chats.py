@@ -92,8 +92,8 @@ def read_chat(line, left_out):
         kind = type(record).__name__
         raise ValueError(f": expected {FORM} on a line of its own, got a {kind}")
     check_refused(record, "")
-    messages = [read_message(i, m, left_out) for i, m in enumerate(turns(record), 1)]
-    count(record, left_out)
+    messages = [read_message(i, m, left_out) for i, m in enumerate(listed_messages(record), 1)]
+    count_left_out(record, left_out)
     for key in BAD:
         if record.get(key) is False:
             bad = "is false, so its answer is a bad one, which is not learned"
@@ -118,31 +118,33 @@ def looks_like(line):
     return f": {start}"
 
 
-def turns(record):
-    """The messages of a record, in its own form. ValueError if it has none."""
+def listed_messages(record):
+    """The messages of a record, still in the form of the file. ValueError if it has none."""
     keys = [key for key in ("messages", "conversations", "conversation", "instruction")
             if record.get(key) is not None]
     if len(keys) > 1:
         raise ValueError(f": there are both '{keys[0]}' and '{keys[1]}'; leave one of them out")
     if keys and keys[0] != "instruction":
-        said = record[keys[0]]
-        if not isinstance(said, list) or not said:
+        messages = record[keys[0]]
+        if not isinstance(messages, list) or not messages:
             raise ValueError(f": '{keys[0]}' is no list of messages; expected {FORM}")
-        return said
+        return messages
     if not keys:
         names = ", ".join(sorted(record)) or "nothing"
         known = "neither 'messages' nor 'conversations' nor 'instruction'"
         raise ValueError(f": {known} among {names}; expected {FORM}")
     if "output" not in record:
         raise ValueError(": there is 'instruction', but not 'output'")
-    said = []
+    messages = []
     for pair in [*(record.get("history") or []), [record["instruction"], record["output"]]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(": 'history' must be pairs of an instruction and an output")
-        said += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        query, answer = pair
+        messages.append({"role": "user", "content": query})
+        messages.append({"role": "assistant", "content": answer})
     if record.get("input"):
-        said[-2]["content"] = f"{record['instruction']}\n{record['input']}"
-    return said
+        messages[-2]["content"] = f"{record['instruction']}\n{record['input']}"
+    return messages
 
 
 def read_message(i, m, left_out):
@@ -159,22 +161,19 @@ def read_message(i, m, left_out):
     content = m.get("content", m.get("value"))
     calls = [key for key in CALLS if m.get(key)]
     if content is None or calls and not content:
-        there = "content" in m or "value" in m
-        what = "missing" if not there else "null" if content is None else "empty"
+        what = json.dumps(content) if "content" in m or "value" in m else "missing"
         why = f" ({calls[0]} is not supported)" if calls else ""
         raise ValueError(f"{where}: content is {what}{why}")
-    count(m, left_out)
+    count_left_out(m, left_out)
     message = {"role": known, "content": read_content(content, f"{where}: content")}
     if not is_trained(m, where):
         message["given"] = True
     return message
 
 
-def count(found, left_out):
+def count_left_out(m, left_out):
     """Counts the keys of a record or a message that are left out."""
-    for key in sorted(LEFT_OUT & found.keys()):
-        if found[key]:
-            left_out[key] += 1
+    left_out.update(key for key in LEFT_OUT if m.get(key))
 
 
 def read_content(content, where):
@@ -196,10 +195,10 @@ def read_content(content, where):
     return "".join(parts)
 
 
-def check_refused(found, where):
+def check_refused(m, where):
     """ValueError if a record or a message has a key of REFUSED."""
     for key in REFUSED:
-        if found.get(key):
+        if m.get(key):
             raise ValueError(f"{where}: '{key}' is not supported, only text; expected {FORM}")
 
 

@@ -64,10 +64,10 @@ def parse(settings_class, description, argv=None):
 
 def tell_idle(settings, names, why):
     """Print which of these settings the user has changed without effect, and why they have none."""
-    given = [f"--{f.name}" for f in fields(settings)
-             if f.name in names and getattr(settings, f.name) != f.default]
-    if given and RANK == 0:
-        print(f"without effect {why}: {', '.join(given)}")
+    changed = [f"--{f.name}" for f in fields(settings)
+               if f.name in names and getattr(settings, f.name) != f.default]
+    if changed and RANK == 0:
+        print(f"without effect {why}: {', '.join(changed)}")
 
 
 def command(program, *arguments):
@@ -248,13 +248,12 @@ def pick_device(name):
     there = [*gpus, "cpu"]
     if torch.backends.mps.is_available():
         there.append("mps")
-    if WORLD > 1 and name in ("auto", "cuda") and gpus:  # a GPU for each process
+    if name in ("auto", "cuda") and gpus:  # each process has one of its own
         if LOCAL_RANK >= len(gpus):
-            many = f"more processes than there are GPUs ({len(gpus)})"
-            raise ValueError(f"--nproc_per_node asks for {many}")
+            raise ValueError(f"--nproc_per_node is more than the number of GPUs, {len(gpus)}")
         name = gpus[LOCAL_RANK]
-    elif name in ("auto", "cuda"):
-        name = there[0] if name == "auto" or gpus else name
+    elif name == "auto":
+        name = "cpu"
     if name not in there:
         raise ValueError(f"--device {name} is not on this machine; there is {', '.join(there)}")
     device = torch.device(name)

@@ -48,11 +48,11 @@ def segment_text(split, tokenizer, dialogue, segment):
 
 def needs_new_word(split, answers, tokenizer):
     """Which answers (N, 3) contain a word that is in no training dialogue: booleans (N,)."""
-    found = []
+    needed = []
     for dialogue, segment, _ in answers:
         text = segment_text(split, tokenizer, dialogue, segment)
-        found.append(any(word in text for word in NEW_NAMES + NEW_CITIES))
-    return np.array(found, dtype=bool)
+        needed.append(any(word in text for word in NEW_NAMES + NEW_CITIES))
+    return np.array(needed, dtype=bool)
 
 
 TABLES = {  # titles of the tables of a run, and where its metrics have them

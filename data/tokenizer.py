@@ -38,7 +38,7 @@ LONGEST_RUN = 1000
 RUN = re.compile(r"\s+|\d+|[^\W\d_]+|(?:[^\w\s]|_)+")
 
 
-def layout(begin, header, end, after):
+def make_layout(begin, header, end, after):
     """A dict of the strings around the texts of a dialogue.
 
     They begin the dialogue, open a message (header, with {role} in it), end a message, and stand
@@ -48,7 +48,7 @@ def layout(begin, header, end, after):
             "end": end, "after": after}
 
 
-LAYOUT = layout("", "<|{role}|>", "<|end|>", "")
+LAYOUT = make_layout("", "<|{role}|>", "<|end|>", "")
 
 
 class Tokenizer:

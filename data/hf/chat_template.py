@@ -12,7 +12,7 @@ import re
 NO_JINJA = "was read and not run, since Jinja is not installed (pip install jinja2)"
 
 
-def compiled(source):
+def compile_template(source):
     """A template as Jinja compiles it, with the functions that transformers gives a template."""
     from jinja2 import TemplateError
     from jinja2.ext import Extension
@@ -64,7 +64,7 @@ def run(source, special):
     template, texts = None, []
     for messages in DIALOGUES.values():
         try:
-            template = template or compiled(source)
+            template = template or compile_template(source)
             text = template.render(messages=messages, add_generation_prompt=True, tools=None,
                                    documents=None, **dict(special))
         except ImportError:
@@ -83,14 +83,14 @@ def around(written, texts):
     return list(pieces.groups()) if pieces else []
 
 
-def read_layout(row, written):
+def read_layout(usual, written):
     """A layout that writes what the template wrote, and its own system prompt ("" is none).
 
-    row: the layout of LAYOUTS with the same special tokens. ValueError, or IndexError, if the
+    usual: the layout of LAYOUTS with the same special tokens. ValueError, or IndexError, if the
     template does not use them.
     """
-    bare, given, *_ = written
-    start, end = re.match(r"<\|\w+\|>", row["user"])[0], row["end"]
+    bare, prompted, *_ = written
+    start, end = re.match(r"<\|\w+\|>", usual["user"])[0], usual["end"]
     # 1. A header is all from its special token on; it stands behind the end of another message.
     own, *pieces = around(bare, TEXTS)
     if not all(piece.startswith(end) for piece in pieces):
@@ -98,13 +98,13 @@ def read_layout(row, written):
     _, after_answer, asked = pieces
     layout = {
         "begin": own[: own.index(start)],
-        "system": row["system"],
+        "system": usual["system"],
         "user": after_answer[after_answer.rindex(start) :],
         "assistant": asked[asked.rindex(start) :],
         "end": end,
         "after": after_answer[len(end) : after_answer.rindex(start)],
     }
-    before = around(given, ["Qzero", *TEXTS])[:1]
+    before = around(prompted, ["Qzero", *TEXTS])[:1]
     if before:
         layout["system"] = before[0][before[0].index(start) :]
     # 2. A system prompt of its own stands between a header and the user's.
@@ -114,7 +114,7 @@ def read_layout(row, written):
     block = own[len(layout["begin"]) : -len(behind)]
     if block == layout["system"] or not block.startswith(layout["system"]):
         # LLaMA 3.1 has the date there, before any prompt.
-        layout["system"] = row["system"]
+        layout["system"] = usual["system"]
     if not block.startswith(layout["system"]):
         raise ValueError("a system prompt begins otherwise")
     return layout, block.removeprefix(layout["system"])

@@ -34,9 +34,8 @@ def read_json(path):
         # Some editors put a byte order mark before the text; "utf-8-sig" passes over it.
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        instead = hint(path.parent)
-        why = f"{error.strerror}); {instead}" if instead else f"{error.strerror})"
-        raise ValueError(f"{path} cannot be read ({why}") from None
+        line, instead = f"{path} cannot be read ({error.strerror})", hint(path.parent)
+        raise ValueError(f"{line}; {instead}" if instead else line) from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
@@ -44,7 +43,7 @@ def read_json(path):
     return content
 
 
-def number(path, options, key, default=None, kind=int):
+def positive(path, options, key, default=None, kind=int):
     """The positive number under a key of the options, of the kind int or float."""
     value = options.get(key)
     if value is None:
@@ -56,12 +55,12 @@ def number(path, options, key, default=None, kind=int):
 
 def agreed(path, key, *values):
     """The value of an option that may stand in several places; None where it stands in none."""
-    given = [value for value in values if value is not None]
-    for value in given:
-        if value != given[0]:
-            raise ValueError(f"{path}: {key} stands there twice, as {given[0]} and as {value}; "
+    first, *others = [value for value in values if value is not None] or [None]
+    for value in others:
+        if value != first:
+            raise ValueError(f"{path}: {key} stands there twice, as {first} and as {value}; "
                              "leave one of them out")
-    return given[0] if given else None
+    return first
 
 
 def read_rope(path, c):
@@ -85,7 +84,7 @@ def read_rope(path, c):
             raise ValueError(f"{path}: partial_rotary_factor = {options['partial_rotary_factor']} "
                              "is not supported, only 1")
     theta = agreed(path, "rope_theta", rope.get("rope_theta"), c.get("rope_theta"))
-    theta = number(path, {"rope_theta": theta}, "rope_theta", 10000.0, float)
+    theta = positive(path, {"rope_theta": theta}, "rope_theta", 10000.0, float)
     # Before it was called rope_type it was called type.
     kind = agreed(path, "rope_type", rope.get("rope_type"), rope.get("type"))
     if kind in ("default", None):
@@ -97,7 +96,7 @@ def read_rope(path, c):
                       c.get("original_max_position_embeddings"))
     rope = {**rope, "original_max_position_embeddings": original or c["max_position_embeddings"]}
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return theta, tuple(number(path, rope, key, kind=float) for key in keys)
+    return theta, tuple(positive(path, rope, key, kind=float) for key in keys)
 
 
 def read_config(folder, block_size=0):
@@ -110,8 +109,8 @@ def read_config(folder, block_size=0):
     names = c.get("architectures")
     names = names if isinstance(names, list) else [names]
     # Of several, as of a model that was published for two uses, one is known.
-    found = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
-    if len(found) != 1:
+    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
+    if len(known) != 1:
         raise ValueError(f"{path}: the architecture {' and '.join(map(str, names))} is not known; "
                          f"known are {', '.join(ARCHITECTURES)}")
     for option, allowed in SUPPORTED.items():
@@ -121,26 +120,26 @@ def read_config(folder, block_size=0):
     layer_types = c.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ValueError(f"{path}: layer_types other than full_attention are not supported")
-    n_embd = number(path, c, "hidden_size")
-    n_head = number(path, c, "num_attention_heads")
-    longest = number(path, c, "max_position_embeddings")
+    n_embd = positive(path, c, "hidden_size")
+    n_head = positive(path, c, "num_attention_heads")
+    longest = positive(path, c, "max_position_embeddings")
     if block_size > longest:
         raise ValueError(f"{path}: the context is {longest} tokens, {block_size} are asked for")
     theta, scaling = read_rope(path, c)
     config = GPTConfig(
-        vocab_size=number(path, c, "vocab_size"),
+        vocab_size=positive(path, c, "vocab_size"),
         block_size=block_size or longest,
-        n_layer=number(path, c, "num_hidden_layers"),
+        n_layer=positive(path, c, "num_hidden_layers"),
         n_head=n_head,
-        n_kv_head=number(path, c, "num_key_value_heads", n_head),
+        n_kv_head=positive(path, c, "num_key_value_heads", n_head),
         n_embd=n_embd,
-        n_hidden=number(path, c, "intermediate_size"),
-        head_size=number(path, c, "head_dim", n_embd // n_head),
+        n_hidden=positive(path, c, "intermediate_size"),
+        head_size=positive(path, c, "head_dim", n_embd // n_head),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=number(path, c, "rms_norm_eps", 1e-6, float),
+        norm_eps=positive(path, c, "rms_norm_eps", 1e-6, float),
         tie_embeddings=bool(c.get("tie_word_embeddings")),
-        **ARCHITECTURES[found[0]],
+        **ARCHITECTURES[known[0]],
     )
     check_sizes(config)
     return config

@@ -13,13 +13,13 @@ import unicodedata
 
 from data.hf import chat_template
 from data.hf.config import read_config, read_json
-from data.tokenizer import Tokenizer, layout, read_ranks
+from data.tokenizer import Tokenizer, make_layout, read_ranks
 
 LAYOUTS = {
     # Qwen and SmolLM2.
-    "chatml": layout("", "<|im_start|>{role}\n", "<|im_end|>", "\n"),
-    "llama3": layout("<|begin_of_text|>", "<|start_header_id|>{role}<|end_header_id|>\n\n",
-                     "<|eot_id|>", ""),
+    "chatml": make_layout("", "<|im_start|>{role}\n", "<|im_end|>", "\n"),
+    "llama3": make_layout("<|begin_of_text|>", "<|start_header_id|>{role}<|end_header_id|>\n\n",
+                          "<|eot_id|>", ""),
 }
 # How text is split before pairs are merged.
 MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -163,14 +163,14 @@ def choose_layout(path, special):
 
 
 def named_tokens(folder):
-    """The special tokens that a template knows by name: pairs as ("bos_token", "<s>"), a tuple."""
+    """The special tokens that a template knows by name, as {"bos_token": "<s>"}."""
     named = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        held = read_json(folder / name) if (folder / name).exists() else {}
-        for key, token in held.items():
+        options = read_json(folder / name) if (folder / name).exists() else {}
+        for key, token in options.items():
             if key.endswith("_token"):
                 named[key] = token["content"] if isinstance(token, dict) else token
-    return tuple((key, token) for key, token in named.items() if isinstance(token, str | None))
+    return {key: token for key, token in named.items() if isinstance(token, str | None)}
 
 
 def load_tokenizer(folder):
@@ -223,7 +223,7 @@ def read_tokenizer(folder):
     layout, default_system, written, note = LAYOUTS[name], "", [], ""
     template = read_template(folder)
     if template:
-        named = {"bos_token": layout["begin"], **dict(named_tokens(folder))}
+        named = {"bos_token": layout["begin"], **named_tokens(folder)}
         try:
             written = chat_template.run(template, tuple(sorted(named.items())))
         except ValueError as error:

@@ -41,7 +41,7 @@ WEIGHTS = "model.safetensors"
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                "tokenizer.model", "chat_template.jinja")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def copy_small_files(folder, out):
@@ -79,16 +79,16 @@ def read_safetensors(path):
                 pass
             case _:
                 raise ValueError(f"{path}: the header's entry for {name} is damaged")
-        if kind not in DTYPES:
-            raise ValueError(f"{path}: {name} is of dtype {kind}; read are {', '.join(DTYPES)}")
-        if end - first != math.prod(shape) * DTYPES[kind].itemsize:
+        if kind not in STORED:
+            raise ValueError(f"{path}: {name} is of dtype {kind}; read are {', '.join(STORED)}")
+        if end - first != math.prod(shape) * STORED[kind].itemsize:
             raise ValueError(f"{path}: {name} has {end - first} bytes, "
                              f"not those of the shape {shape} in {kind}")
         if start + end > size:
             raise ValueError(f"{path} is cut off: {name} ends at byte {start + end} of {size}")
         part = raw[start + first : start + end]
-        aligned = part.storage_offset() % DTYPES[kind].itemsize == 0
-        tensors[name] = (part if aligned else part.clone()).view(DTYPES[kind]).view(shape)
+        aligned = part.storage_offset() % STORED[kind].itemsize == 0
+        tensors[name] = (part if aligned else part.clone()).view(STORED[kind]).view(shape)
     return tensors
 
 
@@ -98,7 +98,7 @@ def write_safetensors(path, shapes, dtype, read):
     shapes: {name: shape}, in the order of the file. read(name) gives a tensor. It is called for one
     after the other, so that they need not be in memory all at once.
     """
-    kind = {d: name for name, d in DTYPES.items()}[dtype]
+    kind = {d: name for name, d in STORED.items()}[dtype]
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         start = end

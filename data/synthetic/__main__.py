@@ -15,13 +15,13 @@ def main():
         parser.add_argument("--seed", type=int, default=None, help="(default: the time)")
         s = parser.parse_args()
         seed = time.time() if s.seed is None else s.seed
-        found = generate(s.split, s.n, seed, mixed=True)
+        dialogues = generate(s.split, s.n, seed, mixed=True)
         if s.jsonl:
             with open(s.jsonl, "w", encoding="utf-8") as file:
-                for dialogue in found:
+                for dialogue in dialogues:
                     file.write(json.dumps({"messages": dialogue["messages"]}) + "\n")
             return
-        for dialogue in found:
+        for dialogue in dialogues:
             print(f"--- {dialogue['family']}")
             for message in dialogue["messages"]:
                 print(f"{message['role']:>9}: {message['content']}")

@@ -4,7 +4,7 @@ Synthetic multi-turn dialogues in plain English, endless and deterministic from 
 Four families follow the patterns by which MT-Eval sorts multi-turn dialogue, two more ask for
 reasoning, and one is what people say to a model that they do not know:
 
-    recollection  facts given in earlier turns, asked for later, with small talk and sums between
+    recollection  the user tells facts and asks for them later, with small talk and sums between
     expansion     several questions around one table or story
     refinement    one list, whose instructions are added to turn by turn
     follow-up     each query builds on the last answer
@@ -12,7 +12,7 @@ reasoning, and one is what people say to a model that they do not know:
     induction     examples of an unknown rule in the query, then a case to apply it to
     small talk    greetings, questions about the model, and questions that nobody taught it
 
-A family is a function that yields turns (query, answer). Each answer is a function of what was said
+A family is a function that yields turns (query, answer). Each answer is a function of the turns
 before it, so that "exactly right" has a meaning. FAMILIES, below them, says how to add one of your
 own. `python -m data.synthetic` prints some dialogues, with `--jsonl FILE --n 1000` it writes them.
 """
@@ -48,7 +48,7 @@ def capital(text):
 
 # --- recollection -------------------------------------------------------------------------------
 
-# A fact: what the answer says, how the user may tell it, how it may be asked for.
+# A fact: what the answer says, how the user may tell it, how he may ask for it.
 FACTS = [
     ("Your name is {name}.",
      "my name is {name}|I am {name}|I'm {name}|I am called {name}|call me {name}|this is {name}|"
@@ -525,16 +525,16 @@ def definitions(rng):
     """Shuffled definitions that take one to three additions to resolve, the question last."""
     letters = rng.sample(LETTERS, rng.randint(1, 3) + 1)
     value = rng.randint(1, 9)
-    told = [f"{letters[0]} = {value}."]
+    lines = [f"{letters[0]} = {value}."]
     for before, letter in zip(letters, letters[1:]):
         n = rng.randint(1, 9)
-        told.append(f"{letter} = {before} + {n}.")
+        lines.append(f"{letter} = {before} + {n}.")
         value += n
-    rng.shuffle(told)
-    return f"{' '.join(told)} What is {letters[-1]}?", f"{letters[-1]} is {value}."
+    rng.shuffle(lines)
+    return f"{' '.join(lines)} What is {letters[-1]}?", f"{letters[-1]} is {value}."
 
 
-def missing(rng):
+def missing_item(rng):
     items = rng.sample(rng.choice((FOODS, PETS, COLORS)), rng.randint(3, 5))
     gone = rng.choice(items)
     rest = rng.sample([item for item in items if item != gone], len(items) - 1)
@@ -549,7 +549,7 @@ def reasoning_kind(query):
 
 def reasoning(rng, words):
     for _ in range(rng.randint(2, 5)):
-        yield rng.choice((definitions, missing))(rng)
+        yield rng.choice((definitions, missing_item))(rng)
 
 
 # --- induction ----------------------------------------------------------------------------------
@@ -581,7 +581,7 @@ def induction(rng, words):
 
 def small_talk(rng, words):
     for _ in range(rng.randint(2, 5)):
-        yield talk.chat(rng)
+        yield talk.turn(rng)
 
 
 # --- all of them --------------------------------------------------------------------------------
@@ -630,14 +630,14 @@ def one_family(rng, split, families):
     words = Words(rng, split, lower=lower == "all")
     turns = list(function(rng, words))
     names = tuple(words.drawn)
-    said, as_typed = "", []
+    before, as_typed = "", []
     for query, answer in turns:
         way = lower
         if way == "told":
-            # A name is told with its capital, and asked for in small letters.
-            new = any(name in query and name not in said for name in names)
+            # The user tells a name with its capital, and asks for it in small letters.
+            new = any(name in query and name not in before for name in names)
             way = "" if new else "all"
-        said += query + answer
+        before += query + answer
         query = typed(query, way, names)
         if errors:
             query = mistyped(rng, query, lambda word: word in TYPED_WRONG)
@@ -659,7 +659,7 @@ def one_dialogue(rng, split, families, mixed):
             turns = turns[:at] + more[: rng.randint(1, 3)] + turns[at:]
         family = "mixed"
     elif mixed and "small talk" in others and kind < 0.4:
-        turns.insert(rng.randint(1, len(turns)), talk.chat(rng))
+        turns.insert(rng.randint(1, len(turns)), talk.turn(rng))
         family = "mixed"
     messages = []
     if rng.random() < 0.1:

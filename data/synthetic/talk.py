@@ -254,7 +254,8 @@ Why does {x}({y}) not work?|/usr/{x}/{y}|{x}: command not found
 """
 
 QUESTIONS, CODE = split_up(QUESTIONS), split_up(CODE)
-KEYS = ["qwertyuiop", "asdfghjkl", "zxcvbnm", "1234567890", "!?.,;:-", "😀🙂😂👍❤🐱", "a", "abcdef"]
+KEYBOARD = ["qwertyuiop", "asdfghjkl", "zxcvbnm", "1234567890", "!?.,;:-", "😀🙂😂👍❤🐱", "a",
+            "abcdef"]
 
 
 def word(rng):
@@ -307,7 +308,7 @@ def foreign(rng):
 
 def pressed(rng):
     """Keys pressed at random."""
-    keys = rng.choice(KEYS)
+    keys = rng.choice(KEYBOARD)
     return "".join(rng.choice(keys) for _ in range(rng.randint(1, 20)))
 
 
@@ -335,6 +336,6 @@ def unknown(rng):
     return kind(rng), UNKNOWN
 
 
-def chat(rng):
+def turn(rng):
     """A turn (query, answer) that needs no earlier turn."""
     return rng.choice((known, unknown))(rng)

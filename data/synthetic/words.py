@@ -297,12 +297,12 @@ class Words:
                       "final_words": (FINAL_NAMES, FINAL_CITIES)}.get(split)
 
     def names(self, n):
-        return self.draw(n, self.fixed[0] if self.fixed else NAMES)
+        return self.pick(n, self.fixed[0] if self.fixed else NAMES)
 
     def cities(self, n):
-        return self.draw(n, self.fixed[1] if self.fixed else CITIES)
+        return self.pick(n, self.fixed[1] if self.fixed else CITIES)
 
-    def draw(self, n, known):
+    def pick(self, n, known):
         """n different words: those of a held-out list, else about half of them invented."""
         words = {}
         while len(words) < n:
