@@ -239,16 +239,13 @@ def read_ranks(path):
     return ranks
 
 
-def pieces(text):
-    """The pieces that PATTERN cuts a text into, in the words of the module re."""
-    pattern = PATTERN.replace(r"[^\s\p{L}\p{N}]", r"[^\s\w]")
-    return re.findall(pattern.replace(r"\p{N}", "[0-9]").replace(r"\p{L}", r"[^\W\d_]"), text)
-
-
 def train_ranks(text, n):
     """Byte-pair encoding: 256 bytes, then n - 256 times the most frequent pair, merged."""
+    # PATTERN, in the words of the module re, cuts the text into pieces.
+    pattern = PATTERN.replace(r"[^\s\p{L}\p{N}]", r"[^\s\w]")
+    pattern = pattern.replace(r"\p{N}", "[0-9]").replace(r"\p{L}", r"[^\W\d_]")
     words = {tuple(bytes([byte]) for byte in piece.encode()): count
-             for piece, count in collections.Counter(pieces(text)).items()}
+             for piece, count in collections.Counter(re.findall(pattern, text)).items()}
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < n:
         pairs = collections.Counter()

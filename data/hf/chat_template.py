@@ -28,13 +28,10 @@ def compile_template(source):
     def refuse(message):
         raise TemplateError(message)
 
-    def to_json(x, **options):
-        return json.dumps(x, ensure_ascii=False, **options)
-
     extensions = ["jinja2.ext.loopcontrols", Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=extensions)
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)

@@ -198,7 +198,7 @@ def recollection(rng, words):
     n_turns, just_told = rng.randint(3, 8), []
     for turn in range(n_turns):
         kind = rng.random()
-        # What the last turn told, if that was one thing, which "No, it is Ann." corrects.
+        # The fact of the last turn, if it told one alone: "No, it is Ann." corrects that.
         correctable, just_told = just_told, []
         if turn == 0 and kind < 0.2:
             yield talk.known(rng)
@@ -211,7 +211,7 @@ def recollection(rng, words):
             just_told = simple(untold[:n]) if n == 1 else []
             told, untold = told + untold[:n], untold[n:]
         elif kind < (0.4 if correctable else 0.25) and simple(told):
-            # What holds is what was told last. It is asked for twice as often.
+            # The fact stands in `told` once more, so the user asks for it twice as often.
             fact = rng.choice(correctable or simple(told))
             yield tell_anew(rng, words, fact, blanks, just_told=bool(correctable))
             told.append(fact)
@@ -286,7 +286,7 @@ def expansion(rng, words):
             query = rng.choice(ask_who).format(facts[i][key])
             answer = f"The one who {said} is {people[i]}."
         elif kind < 0.35:
-            # In one order, however it was told: so the model need not find its place in the story.
+            # In one order, whatever the story's is: the model need not find its place in it.
             known = {key: facts[i][key] for key in ATTRIBUTES if key in facts[i]}
             query = rng.choice(ASK_ALL).format(people[i])
             answer = told_of(people[i], known)
@@ -295,7 +295,7 @@ def expansion(rng, words):
             query, answer = rng.choice(("Add this. ", "")) + more, "Noted."
             n += 1
         elif kind < 0.5:
-            # Of somebody, or about something, that nothing was told of.
+            # The story tells nothing of this person, or not this thing.
             person, untold = people[i], [key for key in ATTRIBUTES if key not in keys]
             if n < len(people) and rng.random() < 0.5:
                 person, untold = people[n], keys
@@ -554,11 +554,6 @@ def reasoning(rng, words):
 
 # --- induction ----------------------------------------------------------------------------------
 
-def number_rule(rng):
-    k = rng.randint(1, 9)
-    return rng.choice((lambda x: x + k, lambda x: x - k, lambda x: 2 * x))
-
-
 WORD_RULES = "{y} {x}", "{x}", "{y}", "{x} {x}", "{x} {y} {x}"
 
 
@@ -566,8 +561,9 @@ def induction(rng, words):
     for _ in range(rng.randint(2, 4)):
         n = rng.randint(3, 5)
         if rng.random() < 0.375:
-            rule, cases = number_rule(rng), rng.sample(range(10, 60), n)
-            pairs = [(case, rule(case)) for case in cases]
+            k = rng.randint(1, 9)
+            factor, summand = rng.choice(((1, k), (1, -k), (2, 0)))
+            pairs = [(x, factor * x + summand) for x in rng.sample(range(10, 60), n)]
         else:
             rule, pool = rng.choice(WORD_RULES), rng.choice((FOODS, PETS, COLORS))
             cases = [rng.sample(pool, 2) for _ in range(n)]

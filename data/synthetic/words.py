@@ -249,8 +249,9 @@ def invented(rng):
             word = ""
             for _ in range(rng.choice((1, 2, 2, 3))):
                 word += rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
-        if rng.random() < 0.1:
-            word = accented(rng, word)
+        if rng.random() < 0.1:  # one of its letters, if there is an accent for that letter
+            i = rng.randrange(len(word))
+            word = word[:i] + rng.choice(ACCENTS.get(word[i], word[i])) + word[i + 1 :]
         word = word.title()
         sign = rng.random()
         if sign < 0.03:
@@ -259,12 +260,6 @@ def invented(rng):
             word = f"{word}-{invented(rng)}"
         if 2 <= len(word) <= 11 and word not in HELD_OUT:
             return word
-
-
-def accented(rng, word):
-    """A word with an accent on one of its letters, if there is one for that letter."""
-    i = rng.randrange(len(word))
-    return word[:i] + rng.choice(ACCENTS.get(word[i], word[i])) + word[i + 1 :]
 
 
 def mistyped(rng, text, fits):
