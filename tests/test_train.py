@@ -3,19 +3,17 @@
 import copy
 import json
 import random
-from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import TINY, line_of_chat, run
+from helpers import TINY, run, write_lines
 
-from data import checkpoint
 from data.checkpoint import load_checkpoint, save_checkpoint
-from data.machine import pick_dtype
 from data.scores import report
 from data.synthetic.words import CITIES, NAMES
 from mask import MASKS
 from model import GPT, GPTConfig
+from sample import load_chat
 from train import POLYNOMIALS, Settings, equalize, make_optimizer, rate_at, train
 
 
@@ -40,9 +38,11 @@ def test_singular_values_are_moved_to_about_one(shape):
         values = values / values.square().sum(1, keepdim=True).sqrt()
         for a, b, c in POLYNOMIALS:
             values = a * values + b * values**3 + c * values**5
-        expected, found = u * values[:, None] @ v, equalize(x)
-        assert found.dtype == torch.float32 and (found - expected).norm() < 1e-3 * expected.norm()
-        values = torch.linalg.svdvals(found)
+        expected = u * values[:, None] @ v
+        for kind, off in ((torch.float64, 1e-9), (torch.float32, 1e-3), (torch.bfloat16, 0.2)):
+            found = equalize(x.to(kind))
+            assert found.dtype == kind and (found - expected).norm() < off * expected.norm()
+        values = torch.linalg.svdvals(equalize(x))
         assert few or 0.6 < values.median() < 1.7 and 0.1 < values.min() and values.max() < 2
 
 
@@ -90,68 +90,46 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest(heads, width, 
         assert not any(group["muon"] for group in make_optimizer(model, s).param_groups)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
-    s = dict(TINY, mask=name, max_iters=24)
-    whole = train(Settings(**s, out_dir=str(tmp_path / "whole")))
-
-    # The same run, stopped: its settings are those of 24 steps, its state that of step 20.
-    class Stopped(Exception):
-        pass
-
-    saved, original = [], checkpoint.save_checkpoint
-
-    def save_then_stop(path, former, **state):
-        original(path, former, **state)
-        saved.append(state["step"])
-        if state["step"] == 20:
-            raise Stopped
-
-    checkpoint.save_checkpoint = save_then_stop
-    try:
-        with pytest.raises(Stopped):
-            train(Settings(**s, out_dir=str(tmp_path / "parts")))
-    finally:
-        checkpoint.save_checkpoint = original
-    resumed = train(Settings(**s, out_dir=str(tmp_path / "parts"), resume=True))
-    assert saved == [10, 20] and resumed["loss"] == whole["loss"]
-    a, b = (load_checkpoint(tmp_path / part / "ckpt.pt")["model"] for part in ("whole", "parts"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    assert set(metrics["accuracy"]) and all(0 <= x <= 1 for x in metrics["accuracy"].values())
-    tables = {"accuracy", "accuracy_by_turn", "accuracy_by_kind", "accuracy_new_words"}
-    assert set(metrics) == tables | {"reported_on", "loss", "seconds", "settings", "parameters"}
-
-
-class Broken(Exception):
+class Stopped(Exception):
     pass
 
 
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_trains_and_resumes_to_the_bit(tmp_path, name):
+    s = dict(TINY, mask=name, max_iters=24)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def stop(run, loss):
+        if run.step == 22:
+            raise Stopped
+
+    metrics = train(Settings(**s, out_dir=str(whole)))
+    with pytest.raises(Stopped):
+        train(Settings(**s, out_dir=str(parts)), watch=stop)
+    assert load_checkpoint(parts / "ckpt.pt")["step"] == 20
+    resumed = train(Settings(**s, out_dir=str(parts), resume=True))
+    assert resumed["loss"] == metrics["loss"]
+    a, b = (load_checkpoint(out / "ckpt.pt")["model"] for out in (whole, parts))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    written = json.loads((whole / "metrics.json").read_text())
+    assert set(written["accuracy"]) and all(0 <= x <= 1 for x in written["accuracy"].values())
+    tables = {"accuracy", "accuracy_by_turn", "accuracy_by_kind", "accuracy_new_words"}
+    assert set(written) == tables | {"reported_on", "loss", "seconds", "settings", "parameters"}
+
+
 class Unsavable:
-    """Fails in the midst of saving."""
+    """Is interrupted in the midst of being saved."""
 
     def __reduce__(self):
-        raise Broken
+        raise KeyboardInterrupt
 
 
-def test_checkpoints_are_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    config = GPTConfig(n_layer=1, n_embd=16, vocab_size=300)
-    state = dict(
-        config=asdict(config),
-        settings=asdict(Settings()),
-        tokenizer="",
-        model=GPT(config).state_dict(),
-        optimizer={},
-        step=1,
-    )
+def test_a_checkpoint_is_written_whole_or_not_at_all(trained, tmp_path):
+    path, state = tmp_path / "ckpt.pt", load_checkpoint(trained / "ckpt.pt")
     save_checkpoint(path, **state)
-    with pytest.raises(Broken):
-        save_checkpoint(path, **{**state, "step": Unsavable()})
-    assert load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        load_checkpoint(path)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, **{**state, "step": 7, "tokenizer": Unsavable()})
+    assert load_checkpoint(path)["step"] == state["step"] and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_mask_of_ones_own_trains_and_chats(tmp_path, monkeypatch):
@@ -161,24 +139,10 @@ def test_a_mask_of_ones_own_trains_and_chats(tmp_path, monkeypatch):
         return torch.minimum(MASKS["ism"](segments), MASKS["causal"](segments) + 3)
 
     monkeypatch.setitem(MASKS, "near", near)
-    metrics = train(Settings(**TINY, mask="near", max_iters=10, out_dir=str(tmp_path)))
-    assert metrics["loss"] > 0
-    from sample import load_chat
-
+    train(Settings(**TINY, mask="near", max_iters=10, out_dir=str(tmp_path)))
     for dtype in ("auto", "int8"):
         chat = load_chat(tmp_path / "ckpt.pt", "cpu", dtype, max_new_tokens=5)
         assert isinstance(chat.send("Hello!"), str)
-
-
-def test_own_chats_train(tmp_path, monkeypatch):
-    import data.loader
-
-    monkeypatch.setattr(data.loader, "CACHE", tmp_path / "cache")
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(line_of_chat(n) for n in range(10)), encoding="utf-8")
-    out = str(tmp_path / "out")
-    metrics = train(Settings(**TINY, data=str(path), max_iters=5, out_dir=out))
-    assert list(metrics["accuracy"]) == ["chats"] and "accuracy_new_words" not in metrics
 
 
 def test_some_families_alone(tmp_path, capsys):
@@ -190,15 +154,6 @@ def test_some_families_alone(tmp_path, capsys):
     assert metrics["accuracy_new_words"] == {}
     report(metrics)
     assert "never trained on" not in capsys.readouterr().out
-    done = run("train.py", "--families", "recolection,follow-up")
-    assert done.returncode == 1 and done.stderr == (
-        "train.py: --families has no 'recolection'; there are recollection, expansion, "
-        "refinement, follow-up, reasoning, induction, small talk, with a comma between them\n"
-    )
-
-
-def test_dtype_auto_is_one_of_the_two():
-    assert pick_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
 def introduction(i):
@@ -215,36 +170,29 @@ def introduction(i):
 
 
 def test_end_to_end(tmp_path):
-    """The commands: train until held-out questions are answered, then chat.
-
-    The streamed answers are checked.
-    """
+    """The commands: train until held-out questions are answered, then chat."""
     trained = [introduction(i) for i in range(2000)]
-    path = tmp_path / "chats.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
-        for turns in trained:
-            messages = []
-            for query, answer in turns:
-                messages.append({"role": "user", "content": query})
-                messages.append({"role": "assistant", "content": answer})
-            file.write(json.dumps({"messages": messages}) + "\n")
+    lines = []
+    for turns in trained:
+        messages = []
+        for query, answer in turns:
+            messages.append({"role": "user", "content": query})
+            messages.append({"role": "assistant", "content": answer})
+        lines.append(json.dumps({"messages": messages}))
+    path = write_lines(tmp_path / "chats.jsonl", lines)
     sizes = "--n_layer 2 --n_embd 64 --n_head 4 --block_size 128".split()
     flags = "--max_iters 300 --eval_interval 1000 --device cpu".split()
-    files = "--data", str(path), "--out_dir", str(tmp_path)
+    files = "--data", path, "--out_dir", str(tmp_path)
     done = run("train.py", *files, *sizes, *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"]["chats"] > 0.8
     new = [turns for turns in map(introduction, range(2000, 2020)) if turns not in trained][:2]
     right = 0
     for turns in new:
-        prompts = []
-        for query, _ in turns:
-            prompts += ["--prompt", query]
+        prompts = [f"--prompt={query}" for query, _ in turns]
         done = run("sample.py", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", *prompts)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert lines[::2] == [f"> {query}" for query, _ in turns]
-        for line, (_, answer) in zip(lines[1::2], turns):
-            if line == answer:
-                right += 1
+        right += [line == answer for line, (_, answer) in zip(lines[1::2], turns)].count(True)
     assert right >= 4  # of 6
