@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 import data.loader as loader
 from data.checkpoint import load_checkpoint
 from data.loader import Split, prepare
-from data.tokenizer import LAYOUT, PATTERN, RANKS, Tokenizer, train_ranks
+from data.tokenizer import LAYOUT, PATTERN, RANKS, Tokenizer
 from mask import MASKS, loss_positions
 
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "CACHE", tmp_path / "cache")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @settings(max_examples=500, deadline=None)
@@ -66,17 +62,6 @@ def test_layout():
     assert TOKENIZER.encode_dialogue([]) == ([], [])
 
 
-def test_unknown_tokenizer_is_one_line():
-    with pytest.raises(ValueError, match="'nanoism' needs no download") as error:
-        Tokenizer("no-such")
-    assert "\n" not in str(error.value)
-
-
-def test_train_ranks_merges_the_most_frequent_pair():
-    ranks = train_ranks("ab ab ab ac", 258)
-    assert list(ranks)[256] in (b"ab", b" a") and len(ranks) == 258
-
-
 def test_the_ranks_are_made_as_they_are_committed(tmp_path):
     out = tmp_path / "ranks.tiktoken"
     before = RANKS.read_bytes()
@@ -85,7 +70,7 @@ def test_the_ranks_are_made_as_they_are_committed(tmp_path):
     assert "1276 ranks, equal to ranks.tiktoken" in done.stdout
 
 
-def test_batches_hold_every_row_once_with_little_padding(cache):
+def test_batches_hold_every_row_once_with_little_padding():
     split = Split(prepare(TOKENIZER, 256, n_dialogues=1500), "train")
     for mask in MASKS.values():
         rows = split.rows(mask)
@@ -103,30 +88,43 @@ def test_batches_hold_every_row_once_with_little_padding(cache):
         assert real >= 0.9 * padded
 
 
-def test_prefix_trains_each_answer_once_with_its_triplets(cache):
+def test_padding_is_never_longer_than_the_longest_dialogue():
+    rng, split = np.random.default_rng(0), object.__new__(Split)
+    for _ in range(300):
+        lengths = rng.integers(2, rng.integers(3, 400), rng.integers(1, 9))
+        split.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        split.tokens = split.segments = np.ones(lengths.sum(), dtype=np.uint16)
+        rows = np.stack([np.arange(len(lengths)), split.offsets[:-1], split.offsets[1:]], 1)
+        chosen = rows[rng.permutation(len(rows))[: rng.integers(1, len(rows) + 1)]]
+        tokens, segments = split.collate(chosen)
+        assert tokens.shape == segments.shape
+        assert (chosen[:, 2] - chosen[:, 1]).max() <= tokens.shape[1] <= lengths.max()
+        assert (segments.sum(1).numpy() == chosen[:, 2] - chosen[:, 1]).all()
+
+
+def test_under_each_mask_the_rows_train_each_answer_once():
     split = Split(prepare(TOKENIZER, 256, n_dialogues=60), "train")
-    trained = {}
-    for name, mask in MASKS.items():
-        trained[name] = set()
+    answers = (np.flatnonzero(split.segments % 2 == 0) - 1).tolist()
+    for mask in MASKS.values():
+        trained = []
         for row in split.rows(mask):
             _, segments = split.collate(row[None])
-            at = loss_positions(segments, mask(segments)).nonzero()[:, 1].tolist()
-            assert not trained[name] & {int(row[1]) + j for j in at}
-            trained[name] |= {int(row[1]) + j for j in at}
-    answers = set((np.flatnonzero(split.segments % 2 == 0) - 1).tolist())
-    assert trained["ism"] == trained["causal"] == trained["prefix"] == answers
+            at = loss_positions(segments, mask(segments)).nonzero()[:, 1]
+            trained += (at + int(row[1])).tolist()
+        assert sorted(trained) == answers
 
 
-def test_prepare_is_done_once_and_again_when_settings_or_code_change(cache, monkeypatch):
-    monkeypatch.setattr(loader, "HERE", cache / "data")
-    shutil.copytree(ROOT / "data", cache / "data", ignore=shutil.ignore_patterns("cache", "*.pt"))
+def test_prepare_is_done_once_and_again_when_settings_or_code_change(tmp_path, monkeypatch):
+    left_out = shutil.ignore_patterns("cache", "*.pt")
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=left_out)
+    monkeypatch.setattr(loader, "HERE", tmp_path / "data")
     first = prepare(TOKENIZER, 256, n_dialogues=20)
     stamp = (first / "train.tokens.npy").stat().st_mtime_ns
     assert prepare(TOKENIZER, 256, n_dialogues=20) == first
     assert (first / "train.tokens.npy").stat().st_mtime_ns == stamp
     folders = {first, prepare(TOKENIZER, 128, n_dialogues=20)}
     for name in ("tokenizer.py", "chats.py", "loader.py"):
-        with open(cache / "data" / name, "a", encoding="utf-8") as file:
+        with open(tmp_path / "data" / name, "a", encoding="utf-8") as file:
             file.write("# edited")
         folders.add(prepare(TOKENIZER, 256, n_dialogues=20))
     trims = Tokenizer()
@@ -144,8 +142,8 @@ def test_a_tokenizer_of_another_pattern_or_layout_is_another_one(monkeypatch):
     assert Tokenizer().identity != before
 
 
-def test_what_stands_in_the_cache_and_is_not_ours_stays(cache):
-    folder = cache / "cache"
+def test_what_stands_in_the_cache_and_is_not_ours_stays(tmp_path):
+    folder = tmp_path / "cache"
     stay = [folder / name for name in (".DS_Store", ".nfs0001", ".gitkeep", "Thumbs.db", "abc.old",
                                        "made-elsewhere.half-made", "x.1")]
     left = folder / "left.half-made"
@@ -158,7 +156,7 @@ def test_what_stands_in_the_cache_and_is_not_ours_stays(cache):
     assert len(list(folder.iterdir())) == len(stay) + 1
 
 
-def test_a_damaged_cache_is_made_again(cache):
+def test_a_damaged_cache_is_made_again():
     rng = random.Random(0)
     folder = prepare(TOKENIZER, 256, n_dialogues=20)
     good = {path: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -171,11 +169,11 @@ def test_a_damaged_cache_is_made_again(cache):
             assert {path: path.read_bytes() for path in folder.iterdir()} == good
 
 
-def test_where_the_cache_goes_that_cannot_be_beside_the_code(cache, monkeypatch):
-    (cache / "file").touch()
-    monkeypatch.setattr(loader, "CACHE", cache / "file" / "cache")
-    monkeypatch.setenv("NANOISM_CACHE", str(cache / "here"))
-    assert prepare(TOKENIZER, 256, n_dialogues=9).parent == cache / "here"
-    monkeypatch.setenv("NANOISM_CACHE", str(cache / "file" / "here"))
+def test_where_the_cache_goes_that_cannot_be_beside_the_code(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(loader, "CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setenv("NANOISM_CACHE", str(tmp_path / "here"))
+    assert prepare(TOKENIZER, 256, n_dialogues=9).parent == tmp_path / "here"
+    monkeypatch.setenv("NANOISM_CACHE", str(tmp_path / "file" / "here"))
     with pytest.raises(ValueError, match="let NANOISM_CACHE name a folder"):
         prepare(TOKENIZER, 256, n_dialogues=9)

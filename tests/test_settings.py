@@ -5,15 +5,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import LEAST, TOKENIZER, fails, line_of_chat, tiny
+from helpers import LEAST, TOKENIZER, fails, line_of_chat, tiny, write_lines
 
 import data.loader as loader
 from data.checkpoint import load_checkpoint
-from data.loader import Split, prepare, read_splits
+from data.loader import prepare, read_splits
 from data.scores import report
 from demos.finetune import Finetune, finetune
 from sample import load_chat, sample
-from train import equalize, train
+from train import Settings, train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -50,15 +50,6 @@ def test_the_lowest_temperatures_take_the_likeliest():
     assert "not numbers" in fails(sample, torch.full((5,), float("nan")), 1.0)
 
 
-def test_equalize_computes_in_what_it_is_given_and_returns_it():
-    x = torch.randn(2, 24, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    exact = equalize(x)
-    for dtype, off in ((torch.float64, 0), (torch.float32, 1e-5), (torch.bfloat16, 0.1)):
-        found = equalize(x.to(dtype))
-        assert found.dtype == dtype
-        assert (found.double() - exact).norm() <= off * exact.norm()
-
-
 @pytest.mark.parametrize("flags, words", [
     (dict(data=True, families="follow-up"),
      "beside --data: --n_dialogues, --families"),
@@ -68,12 +59,12 @@ def test_equalize_computes_in_what_it_is_given_and_returns_it():
 ])
 def test_flags_without_effect_are_told(tmp_path, folder, chats, capsys, flags, words):
     known = {"data": chats, "init_from": str(folder)}
-    flags = {name: known.get(name, value) for name, value in flags.items()}
-    s = {**LEAST, "block_size": 64, "out_dir": str(tmp_path / "out"), **flags}
+    s = {name: known.get(name, value) for name, value in flags.items()}
+    s = {**LEAST, "block_size": 64, "out_dir": str(tmp_path / "out"), **s}
     if "lora" in flags:
         finetune(Finetune(**{k: s[k] for k in s if k not in ("n_embd", "n_layer", "n_head")}))
     else:
-        train(tiny(**{"out": s.pop("out_dir"), **s}))
+        train(Settings(**s))
     assert f"without effect {words}" in capsys.readouterr().out.splitlines()
 
 
@@ -100,14 +91,13 @@ def test_splits_are_drawn_from_dialogues_that_fit(tmp_path, capsys):
     for fit in (0, 1, 6, loader.FEW - 1, loader.FEW, 250):
         lengths = [2] * fit + [100] * rng.randint(1, 12)
         rng.shuffle(lengths)
-        path = tmp_path / f"{fit}.jsonl"
-        text = "\n".join(line_of_chat(n, "hello " * k) for n, k in enumerate(lengths))
-        path.write_text("\n".join([text] * 3), encoding="utf-8")  # each is there three times
+        lines = [line_of_chat(n, "hello " * k) for n, k in enumerate(lengths)]
+        path = write_lines(tmp_path / f"{fit}.jsonl", lines * 3)  # each is there three times
         if fit == 0:
             words = f"{path} has no dialogue with an answer that fits into 32 tokens"
-            assert fails(prepare, TOKENIZER, 32, str(path)) == words
+            assert fails(prepare, TOKENIZER, 32, path) == words
             continue
-        splits = read_splits(prepare(TOKENIZER, 32, str(path)))
+        splits = read_splits(prepare(TOKENIZER, 32, path))
         sizes = {name: len(split.families) for name, split in splits.items()}
         if fit < loader.FEW:
             assert sizes["train"] == fit and splits["val"] is splits["test"] is splits["train"]
@@ -117,35 +107,14 @@ def test_splits_are_drawn_from_dialogues_that_fit(tmp_path, capsys):
 
 
 def test_few_chats_are_learned_by_heart_and_the_report_says_so(tmp_path, capsys):
-    path = tmp_path / "c.jsonl"
-    text = "\n".join(line_of_chat(n) for n in range(6))
-    path.write_text(text, encoding="utf-8")
-    s = dict(max_iters=None, n_dialogues=7, skip_bad=True)
-    metrics = train(tiny(tmp_path, data=str(path), **s))
+    path = write_lines(tmp_path / "c.jsonl", [line_of_chat(n) for n in range(6)])
+    metrics = train(tiny(tmp_path, data=path, max_iters=None))
     report(metrics)
     told = capsys.readouterr().out
     assert "fewer than 100 different chats: all are trained on, and the report is on" in told
-    assert "6 rows of" in told and "without effect beside --data: --n_dialogues" in told
+    assert "6 rows of" in told
     assert "Trained-on answers that are exactly right" in told and "eld-out" not in told
-    assert metrics["accuracy"] == {"chats": 1} and metrics["settings"]["max_iters"] == 400
+    assert metrics["accuracy"] == {"chats": 1} and "accuracy_new_words" not in metrics
+    assert metrics["settings"]["max_iters"] == 400
     for n in range(6):
         assert load_chat(tmp_path / "ckpt.pt", "cpu").send(f"hello {n}") == f"yes {n}"
-
-
-def test_padding_is_never_longer_than_the_longest_dialogue():
-    class Random(Split):
-        def __init__(self, lengths):
-            self.offsets = np.concatenate([[0], np.cumsum(lengths)])
-            self.tokens = np.ones(self.offsets[-1], dtype=np.uint32)
-            self.segments = np.ones(self.offsets[-1], dtype=np.uint16)
-
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        lengths = rng.integers(2, rng.integers(3, 400), rng.integers(1, 9))
-        split = Random(lengths)
-        rows = np.stack([np.arange(len(lengths)), split.offsets[:-1], split.offsets[1:]], 1)
-        chosen = rows[rng.permutation(len(rows))[: rng.integers(1, len(rows) + 1)]]
-        tokens, segments = split.collate(chosen)
-        assert tokens.shape == segments.shape
-        assert (chosen[:, 2] - chosen[:, 1]).max() <= tokens.shape[1] <= lengths.max()
-        assert (segments.sum(1).numpy() == chosen[:, 2] - chosen[:, 1]).all()
