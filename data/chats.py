@@ -14,7 +14,7 @@ import json
 
 from data.tokenizer import ROLES
 
-# A tool's result is part of a query, as what a user says.
+# A tool's result is part of a query, like what a user writes.
 ALIASES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "ai": "assistant", "model": "assistant", "developer": "system", "tool": "user",

@@ -1,6 +1,6 @@
 """
-Files that are written whole or not at all, and checkpoints: plain tensors and settings. Who reads
-one checks it first, since a file may be damaged or hostile.
+Files that are written whole or not at all, and checkpoints: plain tensors and settings. A file may
+be damaged or hostile, so each reader here checks it first.
 
     python -m data.checkpoint out/ckpt.pt data/small.pt
 
@@ -43,7 +43,7 @@ def whole_file(path, former=None):
             yield file
         return
     path = path.resolve()
-    # No other run has this name, be it of another machine: two do not write into one file.
+    # The name is random, so that two runs, even of two machines, do not write into one file.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "xb") as file:
@@ -193,7 +193,7 @@ def load_checkpoint(path):
 
 
 def load_model(path):
-    """(GPT, the checkpoint) of a checkpoint file. ValueError as of `load_checkpoint`."""
+    """(GPT, the checkpoint) of a checkpoint file. ValueError if it is damaged or of another GPT."""
     path = pathlib.Path(path)
     state = load_checkpoint(path)
     config = GPTConfig(**state["config"])

@@ -44,7 +44,7 @@ def prepare(tokenizer, block_size, data="", *, n_dialogues=0, families=tuple(FAM
     tokens = tokenizer.identity, tokenizer.default_system, tokenizer.encode_dialogue(PROBE)
     made_from = tokens, block_size, bool(data), n_dialogues, seed, families, skip_bad
     key = hashlib.sha256(repr(made_from).encode())
-    # Each edit of code in data/ makes the data anew.
+    # After each edit of code in data/ the data are made anew.
     for path in [*sorted(HERE.rglob("*.py")), *([data] if data else [])]:
         with open(path, "rb") as origin:
             for part in iter(lambda: origin.read(1 << 20), b""):

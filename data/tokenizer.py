@@ -92,8 +92,8 @@ class Tokenizer:
             return self.encoding.encode(text, allowed_special="all")
 
         self.openings = {role: fixed(layout[role]) for role in ROLES}
-        # What of an opening stands behind its last special token is encoded with the text, since
-        # a tokenizer may merge the two.
+        # The part of an opening behind its last special token is encoded with the text, since a
+        # tokenizer may merge the two.
         self.split = {}
         for role in ROLES:
             n = max([layout[role].rfind(token) + len(token) for token in special

@@ -25,8 +25,8 @@ LAYOUTS = {
 MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN, LLAMA3 = MODERN % "", MODERN % "{1,3}"
-# SmolLM2 cuts out each digit first and splits what is left as GPT-2 does: to the space before a
-# digit the text ends there.
+# SmolLM2 cuts out each digit first and splits the rest as GPT-2 does, so a space before a digit
+# counts as the end of the text.
 SMOLLM = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 # Byte-level BPE files write each byte as one printable character, {character: byte}, as GPT-2 did.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -70,7 +70,7 @@ def read_added(path, listed):
     for token in listed:
         if not isinstance(token, dict) or not {"content", "id", "special"} <= token.keys():
             raise ValueError(f"{path}: an entry of its added tokens is damaged")
-        # They would be found in other places of a text, or take the spaces around them.
+        # With such an option the token fits other places of a text, or takes the spaces around it.
         for option in ("lstrip", "rstrip", "single_word"):
             if token.get(option):
                 raise ValueError(f"{path}: the added token {token['content']!r} has {option}, "
@@ -174,8 +174,9 @@ def named_tokens(folder):
 
 
 def load_tokenizer(folder):
-    """The Tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt, or LLaMA 3's
-    tokenizer.model. ValueError as of read_tokenizer.
+    """The Tokenizer of a folder. ValueError if it is damaged or not supported.
+
+    It is in tokenizer.json, in vocab.json and merges.txt, or in LLaMA 3's tokenizer.model.
     """
     try:
         arguments, written, note = read_tokenizer(pathlib.Path(folder))
