@@ -161,7 +161,9 @@ def read_message(i, m, left_out):
     content = m.get("content", m.get("value"))
     calls = [key for key in CALLS if m.get(key)]
     if content is None or calls and not content:
-        what = json.dumps(content) if "content" in m or "value" in m else "missing"
+        what = "missing"
+        if "content" in m or "value" in m:
+            what = "null" if content is None else "empty"
         why = f" ({calls[0]} is not supported)" if calls else ""
         raise ValueError(f"{where}: content is {what}{why}")
     count_left_out(m, left_out)

@@ -46,7 +46,7 @@ def setting(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def parse(settings_class, description, argv=None):
+def parse(settings_class, description):
     """A dataclass of settings from the command line: each field is a flag."""
     parser = Parser(description)
     for f in fields(settings_class):
@@ -59,7 +59,7 @@ def parse(settings_class, description, argv=None):
             options["type"] = f.type
             options["choices"] = f.metadata["choices"]
         parser.add_argument(f"--{f.name}", **options)
-    return settings_class(**vars(parser.parse_args(argv)))
+    return settings_class(**vars(parser.parse_args()))
 
 
 def tell_idle(settings, names, why):

@@ -17,7 +17,7 @@ from helpers import LEAST, fails, flags_of, posix, tiny
 import sample as sample_module
 import train as train_module
 from data.checkpoint import load_checkpoint
-from data.machine import Bar, printable
+from data.machine import Bar, one_line, printable
 from demos import finetune as finetune_module
 from demos.finetune import Finetune
 from demos.real import convert
@@ -33,6 +33,7 @@ def test_only_what_drives_a_terminal_is_changed_for_it():
     for c in map(chr, range(0x110000)):
         drives = unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" or c in overrides
         assert printable(c) == ("\ufffd" if drives else c), hex(ord(c))
+        assert one_line(f"a{c}b").isprintable()
     assert printable("Bonjour\xa0! 1\u202f000") == "Bonjour\xa0! 1\u202f000"
 
 
