@@ -401,6 +401,9 @@ def show_stats(chat):
               f"at {s['decode tokens'] / s['decode s']:,.0f} tokens/s")
 
 
+ROWS = 60  # of /mask at most: what is older has left the screen
+
+
 def show_mask(chat):
     tokens, segments = chat.layout()
     if not tokens:
@@ -410,7 +413,10 @@ def show_mask(chat):
     # After --history nothing is in the cache yet, so f is that of the dialogue.
     f = chat.mask(torch.tensor([segments]))
     columns = min(60, max(shutil.get_terminal_size().columns - max(map(len, labels)) - 1, 1))
-    print("\n".join(draw(f[0], labels, columns)))
+    rows = draw(f[0], labels, columns)
+    if len(rows) > ROWS:
+        print(f"The last {ROWS} of {len(rows)} tokens.")
+    print("\n".join(rows[-ROWS:]))
     if len(labels) > columns:
         print(f"A column is {len(labels) / columns:.1f} tokens.")
 
@@ -436,6 +442,7 @@ def command(chat, line):
         return True
     if name == "/reset":
         chat.reset()
+        print("[forgotten]")
     elif name == "/stats":
         show_stats(chat)
     elif name == "/mask" and argument:

@@ -281,3 +281,10 @@ def test_what_a_terminal_sends(monkeypatch, capsys):
     assert "<|assistant|> ####" in capsys.readouterr().out
     sample_module.command(chat, "/mask ism")
     assert capsys.readouterr().out.startswith("[/mask only draws")
+    go_on(chat, 20 * chat.messages)
+    sample_module.command(chat, "/mask")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("The last 60 of ") and lines[1:61][-1].endswith("#")
+    assert len(lines) == 62 and lines[-1].startswith("A column is")
+    sample_module.command(chat, "/reset")
+    assert capsys.readouterr().out == "[forgotten]\n" and not chat.messages
