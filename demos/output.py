@@ -263,9 +263,14 @@ def decimals(values, sign="", digits=3, times=1):
 percent = functools.partial(decimals, digits=1, times=100)
 
 
+# What makes a picture that has not the name of its program, or is not made without flags.
+FLAGS = {
+    "real": ["compare.py"],
+    "race": ["race.py", "--seed", "22", "--steps", "3000", "--decay", "0.3"],
+}
+
 if __name__ == "__main__":
     for committed in sorted((ROOT / "demos").glob("*.png")):
-        # real.png is that of compare.py.
-        program = {"real": "compare"}.get(committed.stem, committed.stem)
-        command = [sys.executable, f"demos/{program}.py", "--out", str(committed)]
+        made_by = FLAGS.get(committed.stem, [f"{committed.stem}.py"])
+        command = [sys.executable, f"demos/{made_by[0]}", *made_by[1:], "--out", str(committed)]
         subprocess.run(command, cwd=ROOT, check=True)
