@@ -266,7 +266,7 @@ percent = functools.partial(decimals, digits=1, times=100)
 # What makes a picture that has not the name of its program, or is not made without flags.
 FLAGS = {
     "real": ["compare.py"],
-    "race": ["race.py", "--seed", "22", "--steps", "3000", "--decay", "0.3"],
+    "race": ["race.py", "--seed", "22", "--steps", "3000", "--decay", "0.3", "--every", "100"],
 }
 
 if __name__ == "__main__":

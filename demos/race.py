@@ -2,7 +2,7 @@
 See it win: the same small GPT learns a game under causal and under ISM, side by side.
 
     python demos/race.py                            about a minute on 2 cores
-    python demos/race.py --seed 22 --steps 3000 --decay 0.3    demos/race.png: for three steps
+    python demos/race.py --steps 3000 --decay 0.3   for three steps, about four minutes
     python demos/race.py --masks causal,ism,yours   other masks, your own in mask.py among them
     python demos/race.py --place next               the first question stands in a turn of its own
     python demos/race.py --task missing             another game
