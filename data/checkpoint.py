@@ -306,6 +306,8 @@ def load_state(path, asked):
 
     They are settings of its run or of its model's config; "tokenizer" is the tokenizer's identity.
     """
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path} to go on from; without --resume a run begins")
     state = load_checkpoint(path)
     had = {**state["settings"], **asdict(GPTConfig(**state["config"]))}
     had["tokenizer"] = state["tokenizer"]

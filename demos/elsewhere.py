@@ -13,8 +13,12 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.masking_utils import create_causal_mask
+
+try:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers.masking_utils import create_causal_mask
+except ImportError:
+    sys.exit('elsewhere.py needs transformers 5: pip install "transformers>=5,<6"')
 
 
 def dialogue_mask(model, tokens, segments):

@@ -222,15 +222,15 @@ def check_lookahead(row, w, mine):
 def exercise_2(a):
     """Break the cache
 
-    The <|end|> that closes an answer is sampled, and so it is not in the cache yet. Chat.close
-    (sample.py) feeds it alone, at once. Who saves that call, and feeds it together with the next
-    query and without a mask (under ISM a query needs none), lets it see the query. Then its cache
-    entry is wrong, and with it all that is written later. Do it:
+    The model says <|end|> to close an answer. That token is not in the cache yet, so Chat.close
+    (sample.py) feeds it, alone. It looks as if this call could be saved: let <|end|> wait, and feed
+    it together with the next query. Under ISM a query is read without a mask. So <|end|> would see
+    the query, its cache entry would be wrong, and so would all that is written later. Do it:
 
-    - Override feed() in Late, a subclass of Chat: a lone <|end|> is left for the next call, and
-      that call, the only one with more than one token, sees everything. self.f (1, T) holds what
-      each row sees.
-    - SEES_IT is the name of a test of tests/test_chat.py that fails when Chat is Late.
+    - Override feed() in Late, a subclass of Chat. A call with <|end|> alone feeds nothing and keeps
+      it for the next call. That one feeds it before its own tokens, and each of them sees all.
+      self.f (1, T) holds what each row sees.
+    - SEES_IT is the name of a test in tests/test_chat.py that fails when Chat is Late.
     """
     tokenizer = Tokenizer()
     model = gpt(3, tokenizer.vocab_size)

@@ -120,9 +120,11 @@ def finetune(s, splits=None, watch=None):
 def main():
     machine.end_as_interrupted()
     memory = "lower --batch_size or --block_size, raise --grad_accum, or set --checkpointing"
-    stopped = "stopped; --resume goes on from the last checkpoint, one each --eval_interval steps"
+    stopped = "stopped; if there is a checkpoint, the same flags and --resume go on from it"
     with machine.errors_in_one_line(memory, stopped):
         s = machine.parse(Finetune, "Fine-tune a published checkpoint under a mask.")
+        if not s.data and RANK == 0:
+            print("without --data it learns the synthetic dialogues of data/synthetic")
         metrics = finetune(s)
         if RANK == 0:
             report(metrics)

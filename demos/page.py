@@ -41,7 +41,7 @@ class Page:
     """Each field is a flag of the command line."""
 
     ckpt: str = setting("", "a checkpoint of train.py, out/ckpt.pt say, to see what its model does")
-    mask: str = setting("", "a mask to show beside causal, prefix and ism", ("", *MASKS))
+    mask: str = setting("ism", "a mask to show beside causal, prefix and ism", tuple(MASKS))
     race: str = setting("", "figures that demos/race.py --json wrote, to see the race")
     out: str = setting("out/page.html", "where the page goes")
 

@@ -63,15 +63,17 @@ def make_pretrained(family, folder, dtype=torch.float32, **save):
 
 
 @torch.no_grad()
-def check_equal(theirs, ours, tolerance=1e-4):
+def check_equal(theirs, ours):
     """Causal on plain tokens, and each mask on a dialogue with padding.
 
-    transformers gets the mask as numbers that are added.
+    transformers gets the mask as numbers that are added. What a processor rounds is less than 3e-5
+    of the largest logit.
     """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, theirs.config.vocab_size, (2, 100), generator=generator)
     expected = theirs(tokens).logits  # (2, T, V)
-    assert expected.std() > 0.1 and (expected - ours(tokens)).abs().max() < tolerance
+    assert expected.std() > 0.1
+    assert (expected - ours(tokens)).abs().max() < 3e-5 * expected.abs().max()
     whole = [1] * 20 + [2] * 13 + [3] * 30 + [4] * 37
     padded = [1] * 5 + [2] * 50 + [3] * 9 + [4] * 20 + [0] * 16
     segments = torch.tensor([whole, padded])
@@ -81,7 +83,7 @@ def check_equal(theirs, ours, tolerance=1e-4):
         hidden = ~dense(f)[:, None]  # (B, 1, T, T)
         added = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
         expected = theirs(tokens, attention_mask=added, position_ids=places).logits
-        assert (expected - ours(tokens, f)).abs().max() < tolerance
+        assert (expected - ours(tokens, f)).abs().max() < 3e-5 * expected.abs().max()
 
 
 # The regular expressions as the published tokenizer.json files have them.

@@ -227,6 +227,7 @@ def test_a_run_saves_before_it_evaluates(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_other_settings_vocabulary_or_version(tmp_path):
+    assert "without --resume a run begins" in fails(train, tiny(tmp_path, resume=True))
     train(tiny(tmp_path))
     for changed, words in (
         ({"n_layer": 2}, "n_layer 1, not 2"),

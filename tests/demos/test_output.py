@@ -27,6 +27,13 @@ def test_without_matplotlib_a_demo_says_so_at_once(name):
     assert done.stderr.count("\n") == 1
 
 
+def test_without_transformers_elsewhere_says_what_to_install():
+    script = WITHOUT_MATPLOTLIB.replace("matplotlib", "transformers")
+    done = run("-c", script, "demos/elsewhere.py")
+    assert done.returncode == 1 and done.stderr.startswith("elsewhere.py needs transformers 5")
+    assert done.stderr.count("\n") == 1
+
+
 def test_masks_are_compared_seed_by_seed():
     """Whatever the order of the runs, and where one mask has a seed or a group more."""
     found = {
