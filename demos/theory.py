@@ -249,7 +249,7 @@ def show(title, rows, columns):
 def say(claimed, seen):
     """End a part in plain words."""
     for word, text in (("Claimed", claimed), ("Seen", seen)):
-        print(textwrap.fill(f"{word}: {text}", 96, initial_indent="\n   ", subsequent_indent="   "))
+        print(textwrap.fill(f"{word}: {text}", 79, initial_indent="\n   ", subsequent_indent="   "))
 
 
 # --- 1. the final query -------------------------------------------------------------------------
@@ -271,8 +271,8 @@ def final_query(draws, layers):
         error = squared_error(read, w).mean(1).tolist()
         off = gap(read, descent)
         rows.append({"mask": name, "off_descent": off, "left": error[-1], "error": error})
-    show(f"1. The final query holds all {N} examples: {D} dimensions, {draws} draws, no noise, "
-         f"step {eta:.4f}, {layers} layers", rows,
+    show(f"1. The final query holds all {N} examples: {D} dimensions, {draws} draws, no noise,\n"
+         f"   step {eta:.4f}, {layers} layers", rows,
          {"mask": "mask", "off_descent": "off batch descent by", "left": "|w - w*|^2 left"})
     figures = {"rows": rows, **convergence(X, w, reads["ism"], eta)}
     slowest, fastest = max(figures["measured"]), min(figures["measured"])
@@ -316,8 +316,8 @@ def online(draws, layers, n=640, noise=0.3):
                 **{f"error_{k}": float(error[k - 1]) for k in SHOWN},
                 "error": error.tolist(),
             })
-    show(f"2. Causal: {layers} layers against online gradient descent (one example at a time);\n   "
-         "where they stop against one sweep of Kaczmarz (fit each example once, in turn)", rows,
+    show(f"2. Causal: {layers} layers against online gradient descent (one example at a\n   time); "
+         "where they stop against one sweep of Kaczmarz (fit each once, in turn)", rows,
          {"mean": "mean of x", "noise": "noise", "off_online": "layers, off by",
           "off_sweep": "where they stop, off by"})
     show(f"   |w - w*|^2 where the layers stop, after 20 to 640 examples, {draws} draws", rows,
@@ -358,17 +358,18 @@ def spread(part, draws, layers, noise):
             "standard_error": float(error.std() / draws**0.5),
             "expected": expected_error(length, noise),
         })
-    show(f"{part}. ISM: {N} examples in turns of some length (1 is causal, {N} is prefix), noise "
-         f"{noise}; {layers} layers\n   with step {eta:.4f} against online descent block by block, "
-         "where they stop against one sweep of Kaczmarz", rows,
+    show(f"{part}. ISM: {N} examples in turns of some length (1 is causal, {N} is prefix), noise\n"
+         f"   {noise}; {layers} layers with step {eta:.4f} against online descent block by block,\n"
+         "   where they stop against one sweep of Kaczmarz", rows,
          {"length": "in a query", "off_online": "layers, off by",
-          "off_sweep": "stop, off by", "error": "|w - w*|^2 there",
-          "standard_error": "std. error", "expected": "by formula",
-          "best_depth": "best depth", "error_there": "|w - w*|^2 at it"})
+          "off_sweep": "where they stop, off by"})
+    show("   |w - w*|^2 where the layers stop, and at the depth where it is least", rows,
+         {"length": "in a query", "error": "at the stop", "standard_error": "std. error",
+          "expected": "by formula", "best_depth": "best depth", "error_there": "there"})
     of = {row["length"]: row["error"] for row in rows}
     if noise:
-        say("ISM is no worse than causal.",
-            f"with noise on the labels it can be. Causal stops at {of[1]:.2g}; 15 examples in a "
+        say("nothing for noise on the labels. Is ISM no worse than causal there too?",
+            f"it can be worse. Causal stops at {of[1]:.2g}; 15 examples in a "
             f"query of {D} dimensions at {of[15]:.2g}, for a block that just fits takes the noise "
             f"in; all {N} in one at {of[N]:.2g}. With few layers the fit is cut short, and longer "
             "queries are better at once.")

@@ -544,7 +544,7 @@ def missing_item(rng):
 
 def reasoning_kind(query):
     """Which of the two made a query; of definitions, how many additions resolve them."""
-    return f"definitions, {query.count('+')} steps" if "=" in query else "missing from a list"
+    return f"definitions, steps: {query.count('+')}" if "=" in query else "missing from a list"
 
 
 def reasoning(rng, words):

@@ -33,6 +33,7 @@ def test_each_part_ends_in_plain_words(made):
     _, _, text = made
     assert all(f"\n{i}. " in text for i in range(1, 5))
     assert text.count("   Claimed: ") == text.count("   Seen: ") == 4
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_committed_picture_is_of_today(made):
