@@ -1047,8 +1047,8 @@ def choose_reader(model, tell):
         for place, right, called in reversed([*zip(places, expected, calls)]):
             cache.length = place
             with packed_layers_call(functools.partial(answer_again, called, digits)):
-                found = one(int(tokens[place])).float()  # (V,)
-            if called or not close(found, right, digits):
+                logits = one(int(tokens[place])).float()  # (V,)
+            if called or not close(logits, right, digits):
                 return None
     except torch.OutOfMemoryError:
         raise

@@ -260,7 +260,7 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     block_size: the context of a folder in tokens; 0 is its own, but at most 4,096, since the cache
     is allocated at once. dtype: of the weights, one of DTYPES. ValueError if it cannot be loaded.
     """
-    device, path, told = machine.pick_device(device), pathlib.Path(path), []
+    device, path, lines = machine.pick_device(device), pathlib.Path(path), []
     if (path / "ckpt.pt").exists() and not (path / "config.json").exists():
         path /= "ckpt.pt"  # the folder of a run of train.py
     if dtype in PACKED and dtype != "bfloat16" and device.type != "cpu":
@@ -274,7 +274,7 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
         read_as = torch.float32 if dtype == "float32" else torch.bfloat16
         model, trained_under = hf.from_pretrained(path, block_size, read_as), hf.read_mask(path)
     else:
-        model, tokenizer, trained_under = load_trained(path, told.append)
+        model, tokenizer, trained_under = load_trained(path, lines.append)
     for name, weight in model.named_parameters():
         if not weight.sum().isfinite():
             raise ValueError(f"{path}: {name} holds NaN or infinite numbers, so the model can say "
@@ -285,14 +285,14 @@ def load_chat(path, device="auto", dtype="auto", mask="", block_size=0, **settin
     # The model was trained with the system prompt that its template has for whoever gives none.
     if settings.get("system") is None:
         settings["system"] = tokenizer.default_system
-    model = faster(stored(model, device, dtype).eval(), tell=told.append)
+    model = faster(stored(model, device, dtype).eval(), tell=lines.append)
     chat = Chat(model, tokenizer, MASKS[mask], **settings)
     if tokenizer.note:
         chat.notify(tokenizer.note)
     if mask != trained_under:
         learn = f"to read well under {mask} it has to learn it first"
         chat.notify(f"[trained under {trained_under}: {learn}]")
-    for line in told:
+    for line in lines:
         chat.notify(f"[{line}]")
     if block_size and not path.is_dir():
         chat.notify(f"[--block_size is for folders: this checkpoint has {chat.size} tokens]")

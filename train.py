@@ -415,17 +415,17 @@ def announce(run):
     length = (rows[:, 2] - rows[:, 1]).mean()
     n = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     trained = f", {n / 1e6:.2f}M of them trained" if n < run.model.n_params() else ""
-    told = [
+    facts = [
         f"{run.model.n_params() / 1e6:.2f}M parameters{trained}", f"{run.s.mask} mask",
         f"{run.device.type} in {str(run.dtype)[6:]}",
         f"{len(rows):,} rows of {length:.0f} tokens",
     ]
     if len(rows) > len(run.splits["train"].families):
-        told.append("a row an answer, since f changes as a dialogue grows")
+        facts.append("a row an answer, since f changes as a dialogue grows")
     if WORLD > 1:
-        told.append(f"{WORLD} processes")
+        facts.append(f"{WORLD} processes")
     if RANK == 0:
-        print(", ".join(told))
+        print(", ".join(facts))
         if run.splits["test"] is run.splits["train"]:
             few = f"fewer than {loader.FEW} different chats: all are trained on"
             print(f"{few}, and the report is on the same ones")

@@ -142,10 +142,10 @@ def options(rng):
 def links(rng):
     """A chain of facts in any order, of which the question needs two."""
     chain = rng.sample(NAMES, 4)
-    told = [f"{a} reports to {b}." for a, b in zip(chain, chain[1:])]
-    rng.shuffle(told)
+    links = [f"{a} reports to {b}." for a, b in zip(chain, chain[1:])]
+    rng.shuffle(links)
     i = rng.randrange(2)
-    return f"{' '.join(told)} Who is the boss of {chain[i]}'s boss?", f"{chain[i + 2]}."
+    return f"{' '.join(links)} Who is the boss of {chain[i]}'s boss?", f"{chain[i + 2]}."
 
 
 LAST = {"the n-th": nth, "only once": named_once, "missing": to_buy, "options first": options,
@@ -189,24 +189,24 @@ def stories(c, split, n, seed):
     """
     if split == "test":
         return list(gsm8k(Path(c.gsm8k, "test.jsonl")))[: c.problems]
-    found = list(gsm8k(Path(c.gsm8k, "train.jsonl")))
-    cut = len(found) * 9 // 10
-    found = found[:cut] if split == "train" else found[cut:]
-    Random(seed).shuffle(found)
-    return found[:n]
+    problems = list(gsm8k(Path(c.gsm8k, "train.jsonl")))
+    cut = len(problems) * 9 // 10
+    problems = problems[:cut] if split == "train" else problems[cut:]
+    Random(seed).shuffle(problems)
+    return problems[:n]
 
 
 def sources(c, split, n, seed):
     """{kind: n dialogues of a split, which is train, val or test}."""
-    found = {}
+    dialogues = {}
     for kind in c.kinds.split(","):
         if kind == "question last":
-            found[kind] = question_last(split, n, seed)
+            dialogues[kind] = question_last(split, n, seed)
         elif kind == "dialogues":
-            found[kind] = generate(split, n, seed, mixed=True)
+            dialogues[kind] = generate(split, n, seed, mixed=True)
         else:
-            found[kind] = stories(c, split, n, seed)
-    return found
+            dialogues[kind] = stories(c, split, n, seed)
+    return dialogues
 
 
 def said_twice(messages):
@@ -225,12 +225,12 @@ def splits(c, seed, folder):
         write_split(folder, name, list(encoder.rows(dialogues)))
         return Split(folder, name)
 
-    found = {"train": split("train", itertools.chain(*sources(c, "train", c.n, seed).values()))}
+    result = {"train": split("train", itertools.chain(*sources(c, "train", c.n, seed).values()))}
     for name, n in (("val", c.n // 40), ("test", c.n // 10)):
         kinds = sources(c, name, n, seed)
-        found[name] = {kind: split(f"{name} {kind}", said) for kind, said in kinds.items()}
+        result[name] = {kind: split(f"{name} {kind}", kinds[kind]) for kind in kinds}
     encoder.print_counts()
-    return found
+    return result
 
 
 # --- the runs -----------------------------------------------------------------------------------
@@ -353,12 +353,12 @@ def best_rate(runs, name):
 
 def at_best(figures):
     """{name in tables: the runs of that name at its best rate, by seed}."""
-    found = {}
+    best = {}
     for name in dict.fromkeys(map(named, figures["runs"])):
-        best = name, best_rate(figures["runs"], name)
-        runs = [run for run in figures["runs"] if (named(run), run["rate"]) == best]
-        found[name] = sorted(runs, key=lambda run: run["seed"])
-    return found
+        wanted = name, best_rate(figures["runs"], name)
+        runs = [run for run in figures["runs"] if (named(run), run["rate"]) == wanted]
+        best[name] = sorted(runs, key=lambda run: run["seed"])
+    return best
 
 
 def report(figures):
@@ -369,29 +369,29 @@ def report(figures):
          "loss": f"{chosen_by(run):.3f}", "minutes": f"{run['seconds'] / 60:.0f}"}
         for run in figures["runs"] if run["seed"] == first
     ])
-    found = at_best(figures)
-    n = max(map(len, found.values()))
+    best = at_best(figures)
+    n = max(map(len, best.values()))
     means = f"means of at most {n} seeds, 95 % t intervals" if n > 1 else "one seed"
-    for title, of_run, told in (
+    for title, of_run, cell in (
         ("Loss on held-out answers at the end", functools.partial(ends, which=0), decimals),
         ("Whole held-out answers that are right, %", functools.partial(ends, which=1), percent),
         ("The same by family", lambda run: run["families"], percent),
     ):
         lines = by_group("held out", {
-            name: {run["seed"]: of_run(run) for run in runs} for name, runs in found.items()
-        }, told)
+            name: {run["seed"]: of_run(run) for run in runs} for name, runs in best.items()
+        }, cell)
         if lines:
             table(f"{title}, {means}", lines)
-    pairs = by_dialogue(found)
+    pairs = by_dialogue(best)
     if pairs:
         table("GSM8K, problem by problem: loss a token, ± 1.96 standard errors", pairs)
     steps = figures["runs"][0]["steps"]
     for kind in figures["runs"][0]["curves"]:
         rows = []
-        for mask, runs in found.items():
+        for mask, runs in best.items():
             losses = np.array([run["curves"][kind] for run in runs])[:, :, 0].mean(0)
-            told = {str(step): f"{loss:.3f}" for step, loss in zip(steps, losses)}
-            rows.append({"mask": mask, **told})
+            by_step = {str(step): f"{loss:.3f}" for step, loss in zip(steps, losses)}
+            rows.append({"mask": mask, **by_step})
         table(f"{kind}: loss after so many steps, {'mean of the seeds' if n > 1 else 'one seed'}",
               rows)
 
@@ -401,11 +401,11 @@ def ends(run, which):
     return {kind: end[which] for kind, end in run["end"].items() if which < len(end)}
 
 
-def by_dialogue(found):
+def by_dialogue(best):
     """Rows for `table`: each run's loss a token less that of causal with the same seed."""
-    base = next(name for name in found if name.startswith("causal") and "twice" not in name)
+    base = next(name for name in best if name.startswith("causal") and "twice" not in name)
     numbers = {}  # (name, seed): losses and tokens of each problem, (2, problems)
-    for name, runs in found.items():
+    for name, runs in best.items():
         for run in runs:
             if run["pairs"]:
                 pairs = [run["pairs"][key].split() for key in ("loss", "tokens")]

@@ -289,8 +289,8 @@ def check_test(name, path):
     own = run_test(name, "", path)
     check(own.returncode == 0, f"{name} fails with sample.py's own Chat as well. Undo what you "
                                "changed in the core")
-    said = [line[1:].strip() for line in late.stdout.splitlines() if line.startswith("E  ")]
-    return said[0] if said else "failed"
+    errors = [line[1:].strip() for line in late.stdout.splitlines() if line.startswith("E  ")]
+    return errors[0] if errors else "failed"
 
 
 def run_test(name, replace, path):
@@ -615,8 +615,8 @@ def judge_one(number, path):
     """Print the task and the verdict on its answer -> whether it is right."""
     title, text = task(number)
     print(f"{number}. {title}\n\n{text}\n\nYour answer goes into {path}\n")
-    verdict, said = judge(number, path)
-    print(f"{verdict}: {said}")
+    verdict, why = judge(number, path)
+    print(f"{verdict}: {why}")
     return verdict == "right"
 
 

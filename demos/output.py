@@ -172,8 +172,8 @@ def describe():
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        name = found[0] if found else name
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        name = names[0] if names else name
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()}, {name}"
     kind = torch.backends.cpu.get_cpu_capability()
@@ -182,8 +182,8 @@ def describe():
 
 def commit():
     """The commit of the code, where it is a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True)
-    return found.stdout.decode().strip()
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True)
+    return done.stdout.decode().strip()
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -212,21 +212,21 @@ def table(title, rows):
             print("| " + " | ".join(rules) + " |")
 
 
-def by_group(title, found, cell):
+def by_group(title, values_of, cell):
     """Rows for `table`, one a group of {name: {seed: {group: value}}}; ISM - causal, seed by seed.
 
     cell: `percent` or `decimals`, which turns a list of values into text.
     """
     lines = []
-    causal = next((name for name in found if name.startswith("causal")), None)
-    records = [groups for seeds in found.values() for groups in seeds.values()]
+    causal = next((name for name in values_of if name.startswith("causal")), None)
+    records = [groups for seeds in values_of.values() for groups in seeds.values()]
     for group in dict.fromkeys(key for groups in records for key in groups):
         line = {title: group}
         values = {name: {seed: groups[group] for seed, groups in seeds.items() if group in groups}
-                  for name, seeds in found.items()}
-        for name in found:
+                  for name, seeds in values_of.items()}
+        for name in values_of:
             line[name] = cell(list(values[name].values()))
-        for name in found:
+        for name in values_of:
             if name.startswith("ism") and causal:
                 pairs = values[name].keys() & values[causal].keys()
                 both = [values[name][seed] - values[causal][seed] for seed in sorted(pairs)]

@@ -51,21 +51,21 @@ def examples(tokenizer, context=100):
 
     Those that fit into the context. ValueError if none does.
     """
-    found = {}
+    chosen = {}
     if len(tokenizer.encode_dialogue(ANNA)[0]) <= context:
-        found["What is my name?"] = ANNA
+        chosen["What is my name?"] = ANNA
     for family in ("recollection", "follow-up", "refinement", "reasoning"):
         for dialogue in generate("test", 1000, families=(family,)):
             messages = dialogue["messages"]
             tokens, _ = tokenizer.encode_dialogue(messages)
             # Some turns, and yet no more tokens than a screen has room for.
             if len(messages) > 5 and len(tokens) < 100 and len(tokens) <= context:
-                found[family] = messages
+                chosen[family] = messages
                 break
-    if not found:
+    if not chosen:
         raise ValueError(f"the context of {context} tokens is shorter than each example; train "
                          "with a longer --block_size")
-    return found
+    return chosen
 
 
 def attention_weights(model, tokens, f):

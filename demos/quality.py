@@ -138,29 +138,29 @@ NAMED = {
 
 def shares(record):
     """All shares of a run, one dict: {"the four patterns": ..., "turn: first": ..., ...}."""
-    found = {
+    right_in = {
         start + name: share
         for key, start in GROUPS.items() for name, share in record.get(key, {}).items()
     }
     for name, families in NAMED.items():
-        if all(family in found for family in families):
-            found[name] = np.mean([found[family] for family in families])
+        if all(family in right_in for family in families):
+            right_in[name] = np.mean([right_in[family] for family in families])
     asked, right = np.sum(record["chat"], 0)
-    return {**found, "its own answers as history": right / asked}
+    return {**right_in, "its own answers as history": right / asked}
 
 
 def by_row(figures):
     """{row: its runs, by seed}."""
-    found = {row: [r for r in figures["runs"] if r["row"] == row] for row in ROWS}
-    return {row: sorted(runs, key=lambda r: r["seed"]) for row, runs in found.items() if runs}
+    records = {row: [r for r in figures["runs"] if r["row"] == row] for row in ROWS}
+    return {row: sorted(runs, key=lambda r: r["seed"]) for row, runs in records.items() if runs}
 
 
 def report(figures):
     """The table: means over seeds with 95 % t intervals; and ISM against causal, seed by seed."""
     runs = by_row(figures)
-    found = {row: {r["seed"]: shares(r) for r in records} for row, records in runs.items()}
-    lines = by_group("% right", found, percent)
-    n = max(map(len, found.values()))
+    shares_of = {row: {r["seed"]: shares(r) for r in records} for row, records in runs.items()}
+    lines = by_group("% right", shares_of, percent)
+    n = max(map(len, shares_of.values()))
     table(f"Whole held-out answers that are right: means of {n} seeds, 95 % t intervals", lines)
     table("What it cost", [
         {"row": row, "steps": records[0]["settings"]["max_iters"],

@@ -76,9 +76,9 @@ def turns(given, question, answer, kinds, place):
 def links(rng, place="end"):
     """Three chains of four as shuffled links: what is n steps after x? `place` of the first one."""
     chains = np.array(rng.sample(range(N_ITEMS), 12)).reshape(3, 4).tolist()
-    told = [[LINK, x, y] for chain in chains for x, y in zip(chain, chain[1:])]
-    rng.shuffle(told)
-    stands = {x: i for i, (_, x, _) in enumerate(told)}  # where the link x>y stands
+    links_read = [[LINK, x, y] for chain in chains for x, y in zip(chain, chain[1:])]
+    rng.shuffle(links_read)
+    stands = {x: i for i, (_, x, _) in enumerate(links_read)}  # where the link x>y stands
     asked = []
     for n in (1, 2, 3):
         # Each question once: what was answered before is of no use.
@@ -88,7 +88,7 @@ def links(rng, place="end"):
                 kinds.append(SPLIT[stands[chain[i]] > stands[chain[i + 1]]])
             asked.append(([ASK + n, chain[i]], chain[i + n], kinds))
     rng.shuffle(asked)
-    yield from turns(sum(told, []), *asked[0], place)
+    yield from turns(sum(links_read, []), *asked[0], place)
     yield from asked[1:]
 
 
@@ -162,10 +162,10 @@ class Race:
 
     def runners(self):
         """Name -> (mask, whether the queries are given twice)."""
-        found = {name: (name, False) for name in self.masks.split(",")}
+        runners = {name: (name, False) for name in self.masks.split(",")}
         if self.twice:
-            found["causal, given twice"] = ("causal", True)
-        return found
+            runners["causal, given twice"] = ("causal", True)
+        return runners
 
 
 def run_one(race, name, seed, tell):
@@ -342,14 +342,14 @@ def report(race, records):
 
 def verdict(race, records, kind):
     """Who won one kind of question, as a sentence: at the end, or by being right earlier."""
-    ends, steps, told = {}, {}, []
+    ends, steps, parts = {}, {}, []
     for name in race.runners():
         curves = np.array([r["curves"][kind] for r in records if r["runner"] == name])
         ends[name] = curves[:, -1].mean()
         there = curves.mean(0) >= 0.95  # the mean over the seeds
         steps[name] = race.every * (1 + there.argmax()) if there.any() else np.inf
         when = f"first at 95% after {steps[name]} steps" if there.any() else "never at 95%"
-        told.append(f"{name} ends at {ends[name]:.1%}, {when}")
+        parts.append(f"{name} ends at {ends[name]:.1%}, {when}")
     best, first = max(ends, key=ends.get), min(steps, key=steps.get)
     if all(ends[best] > ends[name] + 0.05 for name in ends if name != best):
         won = f"{best} wins"
@@ -357,23 +357,23 @@ def verdict(race, records, kind):
         won = f"{first} is there first, and the others follow"
     else:
         won = "nobody wins"
-    return f"{kind}: {won}. {'; '.join(told)}."
+    return f"{kind}: {won}. {'; '.join(parts)}."
 
 
 def show_game(race, records):
     """The first held-out game, its first questions, and what each runner answered."""
     game = TASKS[race.task](random.Random(f"{race.task} held out {race.seed}"), race.place)
     for turn, (query, right, kinds) in enumerate(itertools.islice(game, 8)):
-        told = [f"{SPELLED[x]}>{SPELLED[y]}"
+        pairs = [f"{SPELLED[x]}>{SPELLED[y]}"
                 for link, x, y in zip(query, query[1:], query[2:]) if link == LINK]
-        if told:
-            print(f"\nOne game, held out: {' '.join(told)}")
+        if pairs:
+            print(f"\nOne game, held out: {' '.join(pairs)}")
         if kinds:
             # A question of links is two tokens, wherever it stands.
             at = [i for i, token in enumerate(query) if token > ASK]
             asked = query[at[0] : at[0] + 2] if at else query
-            said = ", ".join(f"{r['runner']} {r['guesses'][turn]}" for r in records)
-            print(f"   {' '.join(SPELLED[x] for x in asked)}? {SPELLED[right]}   ({said})")
+            answers = ", ".join(f"{r['runner']} {r['guesses'][turn]}" for r in records)
+            print(f"   {' '.join(SPELLED[x] for x in asked)}? {SPELLED[right]}   ({answers})")
 
 
 def draw(race, records):

@@ -254,9 +254,9 @@ def make_reader(file, config):
     # All of them are there, and nothing else, before the first is read.
     for name, shape in shapes.items():
         tensor = file.tensors.get(theirs(name))
-        found = None if tensor is None else tuple(tensor.shape.tolist()[::-1])
-        if found != shape:
-            raise ValueError(f"{file.path}: {theirs(name)} is {found or 'missing'}, "
+        held = None if tensor is None else tuple(tensor.shape.tolist()[::-1])
+        if held != shape:
+            raise ValueError(f"{file.path}: {theirs(name)} is {held or 'missing'}, "
                              f"by the file's sizes it must have the shape {shape}")
     for name in sorted(file.tensors.keys() - {*map(theirs, shapes), "rope_freqs.weight"}):
         file.refuse(f"the tensor {name}", f"a {file.architecture} without it")
@@ -318,8 +318,8 @@ def main():
     with machine.errors_in_one_line("a smaller model takes less", "stopped; nothing is written"):
         path = pathlib.Path(a.file or pathlib.Path(package.submodule_search_locations[0]) / FILE)
         convert(path, out, a.dtype)
-        told = machine.command("sample.py", "--ckpt", str(out))
-        print(f"{out} is written. Chat with it: {told}")
+        hint = machine.command("sample.py", "--ckpt", str(out))
+        print(f"{out} is written. Chat with it: {hint}")
 
 
 if __name__ == "__main__":

@@ -86,24 +86,24 @@ def bounds(name, segments, apart):
 
 def kinds(s):
     """{kind: dialogues without end}."""
-    found = {
+    by_kind = {
         "question last": question_last("test", s.answers, 0),
         "dialogues": generate("test", s.answers, 0, mixed=True),
     }
     if s.gsm8k:
-        found["GSM8K"] = gsm8k(Path(s.gsm8k))
-    return found
+        by_kind["GSM8K"] = gsm8k(Path(s.gsm8k))
+    return by_kind
 
 
 def encoded(dialogues, tokenizer, answers):
     """The first dialogues that have so many answers together, laid out."""
-    found = []
+    rows = []
     for dialogue in dialogues:
-        found.append(laid_out(dialogue["messages"], tokenizer))
+        rows.append(laid_out(dialogue["messages"], tokenizer))
         answers -= sum(message["role"] == "assistant" for message in dialogue["messages"])
         if answers <= 0:
             break
-    return found
+    return rows
 
 
 @torch.no_grad()
@@ -136,13 +136,13 @@ def sizes(model, dialogue, name):
     return [float(x[0]) for x in norms], [float(x.median()) for x in norms]
 
 
-def draw(found, path):
+def draw(norms, path):
     """Norms by layer: a line a mask."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, (first, _) in found.items():
+    for name, (first, _) in norms.items():
         layers = range(1, len(first) + 1)
         axis.semilogy(layers, first, dashes(name), color=color(name), label=f"{name}, first token")
-    _, median = found["causal"]
+    _, median = norms["causal"]
     axis.semilogy(layers, median, color="silver", lw=3, zorder=0, label="causal, the median token")
     axis.set(xlabel="layer", ylabel="norm of the hidden state")
     axis.grid(alpha=0.2)
@@ -181,13 +181,13 @@ def main():
             rows.append(row)
         table(f"Loss on {s.answers} answers, untrained; apart: these tokens see only their past",
               rows)
-        found = {name: sizes(model, example, name) for name in names}
+        norms = {name: sizes(model, example, name) for name in names}
         layer = len(model.blocks) * 2 // 3
         table(f"Norm of the hidden state behind layer {layer}", [
             {"mask": name, "first token": first[layer - 1], "median token": median[layer - 1]}
-            for name, (first, median) in found.items()
+            for name, (first, median) in norms.items()
         ])
-        draw(found, s.out)
+        draw(norms, s.out)
         talk(chat, names)
         print(f"\nOn {describe()}. The picture: {s.out}")
 

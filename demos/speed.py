@@ -131,8 +131,8 @@ def training(a):
                 seconds[name].append(ends[-1])
     tokens = int(some.offsets[-1])
     return {
-        name: {**ratio(seconds, name, "causal"), "tokens/s": tokens / statistics.median(found)}
-        for name, found in seconds.items()
+        name: {**ratio(seconds, name, "causal"), "tokens/s": tokens / statistics.median(times)}
+        for name, times in seconds.items()
     }
 
 
@@ -231,12 +231,12 @@ def by_kind(a, make, theirs, n, repeats):
     if a.transformers:
         calls["transformers"] = generate(theirs(), n)
     seconds = in_turns(calls, a.repeats(repeats), a.device)
-    found = {"tokens/s": {name: n / statistics.median(times) for name, times in seconds.items()}}
+    figures = {"tokens/s": {name: n / statistics.median(times) for name, times in seconds.items()}}
     if a.transformers:
-        found["times as fast as transformers in float32"] = {
+        figures["times as fast as transformers in float32"] = {
             kind: ratio(seconds, "transformers", kind) for kind in kinds
         }
-    return found
+    return figures
 
 
 def decoding(a):
@@ -293,9 +293,9 @@ def large(a):
 # --- what was seen ------------------------------------------------------------------------------
 
 
-def flat(found, path=""):
+def flat(figures, path=""):
     """Nested figures -> (name, text) lines."""
-    for name, value in found.items():
+    for name, value in figures.items():
         here = f"{path}, {name}" if path else str(name)
         if isinstance(value, dict) and "ratio" in value:
             low, high = value["quartiles"]
