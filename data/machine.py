@@ -323,7 +323,7 @@ def tune_cpu():
             libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-# --- several processes --------------------------------------------------------------------------
+# --- several threads and processes --------------------------------------------------------------
 
 
 def crowded(seconds, cpu_seconds, threads):

@@ -58,9 +58,9 @@ def test_the_small_model_is_made_by_one_command(tmp_path):
 # The lines of today. A change may add a twentieth; more is a decision, and is written down here.
 LINES = {
     "the lessons": 830,  # above the line
-    "data": 3809,
-    "demos": 4099,
-    "tests": 8929,
+    "data": 3811,
+    "demos": 4112,
+    "tests": 8789,
 }
 
 
