@@ -72,4 +72,4 @@ def report(metrics):
         if metrics.get(key):  # none of some families' answers may need a new word
             print(f"  {title}")
             for name, value in metrics[key].items():
-                print(f"    {name:18} {value:6.1%}")
+                print(f"    {name:22} {value:6.1%}")
